@@ -1,0 +1,483 @@
+"""Every setting StageFS has: its default, where it may come from, and how it is read.
+
+``load_settings`` merges, from weakest to strongest: the defaults below, drop-ins
+(/etc/stagefs/conf.d/*.conf, by name), the site's file (/etc/stagefs/stagefs.conf), the
+user's (~/.config/stagefs/stagefs.conf), the file named by ``--config``, the environment
+(STAGEFS_<SECTION>_<KEY>), and what the command line said.  A key nobody knows is an error
+that names the nearest known one: a misspelt limit must not be ignored.
+
+This is the only module that reads the process environment.  It does no I/O but reading
+those files; choosing directories and measuring disks is ``state_directory``'s.  No
+credential is a setting.  Values are frozen, so they may be used from any thread.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from stagefs.errors import InvalidConfig
+from stagefs.model import CHUNK_BYTES, GIB, KIB, MIB
+
+SITE_DIRECTORY = Path("/etc/stagefs")
+FILE_NAME = "stagefs.conf"
+COMMAND_LINE = "the command line"
+
+Bytes = Annotated[int, msgspec.Meta(ge=0, extra={"unit": "bytes"})]
+Seconds = Annotated[float, msgspec.Meta(ge=0, extra={"unit": "seconds"})]
+Mode = Annotated[int, msgspec.Meta(ge=0, le=0o777, extra={"unit": "mode"})]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+_Section = TypeVar("_Section", bound=msgspec.Struct)
+
+
+class StateSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a mount keeps what must outlive its daemon (see ``state_directory``)."""
+
+    base: str | None = None
+    """Directory under which each mount gets its state directory; None: $SLURM_TMPDIR, the
+    job's $TMPDIR, /var/tmp: the first that is a local disk."""
+    log_bytes_max: Bytes = 64 * MIB
+
+
+class MountSettings(msgspec.Struct, frozen=True, kw_only=True):
+    allow_other: bool = False
+    lifetime: str = "forever"
+    """``forever``, ``job`` (the batch job named in the environment) or ``pid:N``."""
+    ready_timeout_s: Seconds = 30.0
+    """How long ``stagefs mount`` waits for the mount to answer."""
+
+
+class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
+    directory: str | None = None
+    """None: ``cache`` inside the state directory."""
+    capacity_bytes: Bytes | None = None
+    """None: ``capacity_share`` of what is free or cached, at most ``capacity_bytes_max``."""
+    capacity_share: Share = 0.5
+    capacity_bytes_max: Bytes = 200 * GIB
+    high_watermark: Share = 0.95
+    low_watermark: Share = 0.85
+    free_floor_bytes: Bytes | None = None
+    """Free space that is left to others; None: 2 % of the file system, at most 2 GiB."""
+    chunk_bytes: Bytes = CHUNK_BYTES
+
+
+class ReadSettings(msgspec.Struct, frozen=True, kw_only=True):
+    deadline_s: Seconds = 60.0
+    """A read that has no bytes by then ends in ETIMEDOUT."""
+    bytes_in_flight_max: Bytes = 256 * MIB
+    read_ahead_bytes_max: Bytes = 64 * MIB
+    forward_seek_bytes_max: Bytes = 16 * MIB
+    """A jump ahead of at most this much still counts as sequential."""
+    spans_per_object: Count = 8
+    failed_chunk_hold_s: Seconds = 5.0
+    """A chunk that failed stays failed so long, or each reader would wait a deadline of its own."""
+    small_file_bytes_max: Bytes = 64 * KIB
+    """Files up to this size are fetched whole, in batches with their siblings."""
+    small_files_ahead: Count = 128
+
+
+class NamespaceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    revalidate_s: Seconds = 60.0
+    """An open this long after the last check asks the remote for the version again."""
+    listing_ttl_s: Seconds = 60.0
+    """How long the listing of a bound directory is believed."""
+    checksum_before_read_bytes_max: Bytes = 256 * MIB
+    """Objects up to this size with a declared checksum are verified whole before the first byte
+    is served; larger ones when their last chunk has arrived."""
+    default_file_mode: Mode = 0o755
+    """Permission bits of files from remotes that have none (executable, so that programs run)."""
+
+
+class SshSettings(msgspec.Struct, frozen=True, kw_only=True):
+    config: str | None = None
+    """Another ssh_config file, in place of ~/.ssh/config.  Also STAGEFS_SSH_CONFIG."""
+    client: Literal["auto", "openssh", "paramiko"] = "auto"
+    program: str = "ssh"
+    connections: Count = 2
+    """At most so many connections to one host."""
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
+    ca_file: str | None = None
+    """Certificates to trust in place of the system's."""
+    netrc: bool = True
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    ca_file: str | None = None
+    anonymous: bool = False
+    path_style: bool = True
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class RemoteDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """For every remote; the sections below override it for one kind."""
+
+    connect_timeout_s: Seconds = 10.0
+    progress_timeout_s: Seconds = 20.0
+    """A transfer that moves no byte for so long has failed."""
+    attempts: Count = 4
+    concurrency: Count = 16
+    """Operations at one host at a time."""
+    ssh: SshSettings = SshSettings()
+    http: HttpSettings = HttpSettings()
+    s3: S3Settings = S3Settings()
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All settings of one mount; each section is one table of the TOML files."""
+
+    state: StateSettings = StateSettings()
+    mount: MountSettings = MountSettings()
+    cache: CacheSettings = CacheSettings()
+    read: ReadSettings = ReadSettings()
+    namespace: NamespaceSettings = NamespaceSettings()
+    remote: RemoteDefaults = RemoteDefaults()
+    log: LogSettings = LogSettings()
+
+
+class EffectiveValue(msgspec.Struct, frozen=True):
+    """One setting as it is in force.  ``text`` reads back as the same value."""
+
+    key: str
+    text: str
+    source: str
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    settings: Settings
+    values: list[EffectiveValue]
+
+
+# Short names for the settings people set most.
+ENVIRONMENT_ALIASES = {
+    "STAGEFS_SSH_CONFIG": "remote.ssh.config",
+    "STAGEFS_CAPACITY": "cache.capacity_bytes",
+    "STAGEFS_LOG_LEVEL": "log.level",
+}
+
+
+def load_settings(
+    *,
+    config_file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    site_directory: Path = SITE_DIRECTORY,
+) -> Settings:
+    """The settings in force.  ``overrides`` are dotted keys from the command line
+    (``{"cache.capacity_bytes": "10GiB"}``).  Raises InvalidConfig.
+    """
+    return load_with_sources(
+        config_file=config_file,
+        overrides=overrides,
+        environment=environment,
+        site_directory=site_directory,
+    ).settings
+
+
+def load_with_sources(
+    *,
+    config_file: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    site_directory: Path = SITE_DIRECTORY,
+) -> Loaded:
+    """As ``load_settings``, and for each value the place that it came from."""
+    environment = os.environ if environment is None else environment
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for path in _files(site_directory, environment, config_file):
+        for key, raw in _file_values(path):
+            values[key] = _typed(key, raw, where=str(path))
+            sources[key] = str(path)
+    for name, key, text in _environment_values(environment):
+        values[key] = _typed(key, text, where=f"the environment variable {name}")
+        sources[key] = name
+    for key, text in (overrides or {}).items():
+        _refuse_unknown(key, where=COMMAND_LINE)
+        values[key] = _typed(key, text, where=COMMAND_LINE)
+        sources[key] = COMMAND_LINE
+    settings = _build(Settings, "", values)
+    _check(settings, sources)
+    effective = [
+        EffectiveValue(key=key, text=value_text(key, value), source=sources.get(key, "default"))
+        for key, value in walk(settings)
+    ]
+    return Loaded(settings=settings, values=effective)
+
+
+def _check(settings: Settings, sources: Mapping[str, str]) -> None:
+    """What no single value can get wrong."""
+    cache = settings.cache
+    if cache.low_watermark >= cache.high_watermark:
+        where = sources.get("cache.low_watermark") or sources.get("cache.high_watermark")
+        raise InvalidConfig(
+            f"cache.low_watermark ({cache.low_watermark}) in {where} must be below"
+            f" cache.high_watermark ({cache.high_watermark})."
+        )
+    if cache.chunk_bytes < 64 * KIB or cache.chunk_bytes & (cache.chunk_bytes - 1):
+        raise InvalidConfig(
+            f"cache.chunk_bytes in {sources.get('cache.chunk_bytes')} is"
+            f" {size_text(cache.chunk_bytes)}: it must be a power of two of at least 64KiB."
+        )
+    parse_lifetime(settings.mount.lifetime)
+
+
+def _files(
+    site_directory: Path, environment: Mapping[str, str], config_file: Path | None
+) -> list[Path]:
+    home = environment.get("XDG_CONFIG_HOME") or os.path.join(
+        environment.get("HOME") or "/nonexistent", ".config"
+    )
+    candidates = [
+        *sorted((site_directory / "conf.d").glob("*.conf")),
+        site_directory / FILE_NAME,
+        Path(home) / "stagefs" / FILE_NAME,
+    ]
+    present = [path for path in candidates if path.is_file()]
+    return present if config_file is None else [*present, config_file]
+
+
+def _file_values(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        with path.open("rb") as stream:
+            document = tomllib.load(stream)
+    except OSError as exc:
+        raise InvalidConfig(f"Cannot read the configuration {path}: {exc.strerror}.") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise InvalidConfig(f"The configuration {path} is not TOML: {exc}.") from exc
+    yield from _flatten(document, "", where=str(path))
+
+
+def _flatten(
+    table: Mapping[str, object], prefix: str, *, where: str
+) -> Iterator[tuple[str, object]]:
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key in SECTIONS:
+            yield from _flatten(value, f"{key}.", where=where)
+        else:
+            _refuse_unknown(key, where=where)
+            yield key, value
+
+
+def _environment_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(variable, key, text) of each setting in the environment.
+
+    Only names that begin with a section are ours to judge: others (STAGEFS_MOUNT, a site's
+    own) are left alone.
+    """
+    known = {variable_name(key): key for key in KEYS}
+    prefixes = tuple(f"{variable_name(section)}_" for section in SECTIONS)
+    for name, text in sorted(environment.items()):
+        key = ENVIRONMENT_ALIASES.get(name) or known.get(name)
+        if key is not None:
+            yield name, key, text
+        elif name.startswith(prefixes):
+            raise InvalidConfig(
+                f"The environment variable {name} is no setting of StageFS"
+                f"{_nearest(name, known)}: correct or unset it."
+            )
+
+
+def variable_name(key: str) -> str:
+    """``cache.chunk_bytes`` -> ``STAGEFS_CACHE_CHUNK_BYTES``."""
+    return "STAGEFS_" + key.replace(".", "_").upper()
+
+
+def _refuse_unknown(key: str, *, where: str) -> None:
+    if key not in KEYS:
+        raise InvalidConfig(f"Unknown setting {key} in {where}{_nearest(key, KEYS)}.")
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near:
+        leaf = name.rpartition(".")[2]
+        near = [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+# Values: text to typed and back.
+
+
+def _leaves(section: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, object]]:
+    for field in msgspec.structs.fields(section):
+        key = f"{prefix}{field.name}"
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _leaves(field.type, f"{key}.")
+        else:
+            yield key, field.type
+
+
+KEYS: Mapping[str, object] = dict(_leaves(Settings, ""))
+"""Dotted key -> its type."""
+SECTIONS = frozenset(
+    ".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)
+)
+
+
+def _unit(kind: object) -> tuple[str | None, bool]:
+    """(unit, may be None) of a leaf's type."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+    if not options and typing.get_origin(kind) is typing.Union:
+        options = typing.get_args(kind)
+    optional = type(None) in options
+    for option in options or (kind,):
+        for meta in getattr(option, "__metadata__", ()):
+            if isinstance(meta, msgspec.Meta) and meta.extra:
+                return str(meta.extra["unit"]), optional
+    return None, optional
+
+
+def _typed(key: str, raw: object, *, where: str) -> object:
+    unit, optional = _unit(KEYS[key])
+    if optional and isinstance(raw, str) and raw in {"", "auto"}:
+        return None
+    from_text = where == COMMAND_LINE or where.startswith("the environment")
+    try:
+        value: object = raw
+        if isinstance(raw, str) and unit == "bytes":
+            value = parse_size(raw)
+        elif isinstance(raw, str) and unit == "seconds":
+            value = parse_duration(raw)
+        elif isinstance(raw, str) and unit == "mode":
+            value = int(raw, 8)
+        return msgspec.convert(value, KEYS[key], strict=not from_text)
+    except (ValueError, msgspec.ValidationError) as exc:
+        raise InvalidConfig(f"The value {raw!r} of {key} in {where} is not usable: {exc}.") from exc
+
+
+def _build(section: type[_Section], prefix: str, values: Mapping[str, object]) -> _Section:
+    arguments: dict[str, object] = {}
+    for field in msgspec.structs.fields(section):
+        key = f"{prefix}{field.name}"
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            arguments[field.name] = _build(field.type, f"{key}.", values)
+        elif key in values:
+            arguments[field.name] = values[key]
+    return section(**arguments)
+
+
+def walk(settings: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every setting, in the order of the documentation."""
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        if isinstance(value, msgspec.Struct):
+            yield from walk(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+_SIZE_UNITS = {
+    "": 1, "B": 1,
+    "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_DURATION_UNITS = {
+    "ms": 0.001,
+    "": 1.0,
+    "s": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86400.0,
+}
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """``10GiB`` (also 10G), ``500MB`` (decimal) or plain bytes.  Raises ValueError."""
+    match = _NUMBER.fullmatch(text)
+    unit = _SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is no size: write a number with KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
+def parse_duration(text: str) -> float:
+    """``30s``, ``250ms``, ``5m``, ``2h``, ``1d`` or plain seconds.  Raises ValueError."""
+    match = _NUMBER.fullmatch(text)
+    unit = _DURATION_UNITS.get(match[2]) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is no duration: write a number with ms, s, m, h or d")
+    return float(match[1]) * unit
+
+
+def size_text(size_bytes: int) -> str:
+    """The shortest exact text of a size: ``1MiB``, ``1536KiB``, ``1000B``."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        factor = _SIZE_UNITS[unit.upper()]
+        if size_bytes and size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return f"{size_bytes}B"
+
+
+def value_text(key: str, value: object) -> str:
+    """A value as one would write it in a file, without quotes."""
+    unit, _ = _unit(KEYS[key])
+    if value is None:
+        return "auto"
+    if unit == "bytes" and isinstance(value, int):
+        return size_text(value)
+    if unit == "seconds" and isinstance(value, float):
+        return f"{value:g}s"
+    if unit == "mode" and isinstance(value, int):
+        return f"{value:04o}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Lifetime(msgspec.Struct, frozen=True):
+    """How long a mount lives.  ``pid`` is set for ``pid:N`` only."""
+
+    kind: Literal["pid", "job", "forever"]
+    pid: int | None = None
+
+
+def parse_lifetime(text: str) -> Lifetime:
+    """Raises InvalidConfig."""
+    if text == "job":
+        return Lifetime("job")
+    if text == "forever":
+        return Lifetime("forever")
+    kind, _, number = text.partition(":")
+    if kind == "pid" and number.isascii() and number.isdigit() and int(number) > 0:
+        return Lifetime("pid", int(number))
+    raise InvalidConfig(f"{text!r} is no lifetime: write pid:N, job or forever.")
+
+
+def environment() -> Mapping[str, str]:
+    """The process environment, for the few who pass it on or look for one name."""
+    return os.environ
+
+
+def chosen_mount() -> str | None:
+    """The mountpoint that STAGEFS_MOUNT names."""
+    return os.environ.get("STAGEFS_MOUNT") or None
