@@ -70,18 +70,32 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReadSettings(msgspec.Struct, frozen=True, kw_only=True):
-    deadline_s: Seconds = 60.0
+    """How objects are read through the cache."""
+
+    read_deadline_s: Seconds = 120.0
     """A read that has no bytes by then ends in ETIMEDOUT."""
-    bytes_in_flight_max: Bytes = 256 * MIB
-    read_ahead_bytes_max: Bytes = 64 * MIB
-    forward_seek_bytes_max: Bytes = 16 * MIB
-    """A jump ahead of at most this much still counts as sequential."""
-    spans_per_object: Count = 8
-    failed_chunk_hold_s: Seconds = 5.0
+    answer_deadline_s: Seconds = 2.0
+    """Lookups, opens and links wait for a remote at most this long: a task in one of them cannot
+    be killed."""
+    failure_hold_s: Seconds = 5.0
     """A chunk that failed stays failed so long, or each reader would wait a deadline of its own."""
-    small_file_bytes_max: Bytes = 64 * KIB
-    """Files up to this size are fetched whole, in batches with their siblings."""
-    small_files_ahead: Count = 128
+    window_bytes_max: Bytes = 64 * MIB
+    """Read-ahead grows to this on sequential access."""
+    seek_tolerance_bytes: Bytes = 16 * MIB
+    """A jump ahead of at most this much still counts as sequential."""
+    parallel_spans_per_object: Count = 8
+    in_flight_bytes_max: Bytes = 256 * MIB
+    """All fetches together."""
+    volatile_bytes_max: Bytes = 256 * MIB
+    """Memory for reading past a cache disk that is full or broken."""
+    checksum_before_read_bytes_max: Bytes = 256 * MIB
+    """Objects up to this size with a declared checksum are verified whole before the first byte
+    is served; larger ones when their last chunk has arrived."""
+    open_objects_max: Count = 4096
+    small_batch_items_max: Count = 128
+    small_batches_in_flight: Count = 4
+    small_ahead_max: Count = 512
+    """So many siblings of a small file are fetched ahead when they are opened in turn."""
 
 
 class NamespaceSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,9 +103,6 @@ class NamespaceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """An open this long after the last check asks the remote for the version again."""
     listing_ttl_s: Seconds = 60.0
     """How long the listing of a bound directory is believed."""
-    checksum_before_read_bytes_max: Bytes = 256 * MIB
-    """Objects up to this size with a declared checksum are verified whole before the first byte
-    is served; larger ones when their last chunk has arrived."""
     default_file_mode: Mode = 0o755
     """Permission bits of files from remotes that have none (executable, so that programs run)."""
 
