@@ -1,0 +1,36 @@
+# Every target begins with `setup`, which takes a fraction of a second when nothing is to do.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+.PHONY: help setup demo test check format bench clean
+
+help: ## these lines
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: ## Debian packages (where root or sudo is at hand) and .venv with StageFS and its tools
+	@tools/setup.sh
+
+demo: setup ## three tasks share one remote input that is fetched once; checks what it claims
+	@$(BIN)/python tools/demo/demo.py
+
+test: setup ## the whole test suite; ARGS='-k name' is handed to pytest
+	@$(BIN)/pytest $(ARGS)
+
+check: setup ## ruff, mypy, import-linter, the contents of the wheel
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	tools/check/wheel.sh
+
+format: setup ## let ruff put the code in order
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## StageFS beside sshfs, rclone, s3fs, bindfs, scp and a local file, as ratios
+	@$(BIN)/python -m tools.bench $(ARGS)
+
+clean: ## what the targets above leave in the checkout
+	rm -rf .venv .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
