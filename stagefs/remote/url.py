@@ -1,0 +1,259 @@
+"""URLs: reading, refusing, normalizing and joining them.
+
+Every URL that enters StageFS passes ``normalize``, so that one object has one spelling.
+What a character means depends on the scheme:
+
+* ``http``, ``https``: as in RFC 3986.  The path stays percent-encoded as it was given;
+  ``?`` starts the query; ``#`` is refused, because a server never sees what follows it.
+* ``file``, ``ssh``, ``sftp``, ``memory``: the path is percent-decoded (``%20`` is a blank,
+  ``%25`` a percent sign); ``?`` and ``#`` are ordinary characters.
+* ``s3``, ``staging``: the path is taken literally, as the S3 tools do; ``%``, ``?`` and ``#``
+  are ordinary characters.
+
+Blanks and characters beyond ASCII may be written as they are.  NUL, line breaks and the
+segments ``.`` and ``..`` are refused, encoded or not: no URL leads out of the directory that
+it names.  Pure functions on text; no name is looked up.  Messages never show a password or
+a query.
+"""
+
+import re
+from urllib.parse import quote, unquote_to_bytes
+
+import msgspec
+
+from stagefs.errors import InvalidUrl
+
+HTTP_SCHEMES = frozenset({"http", "https"})
+DECODED_SCHEMES = frozenset({"file", "ssh", "sftp", "memory"})
+LITERAL_SCHEMES = frozenset({"s3", "staging"})
+SCHEMES = HTTP_SCHEMES | DECODED_SCHEMES | LITERAL_SCHEMES
+LOCAL_SCHEMES = frozenset({"file", "staging"})
+
+URL_CHARACTERS_MAX = 16 << 10
+NAME_BYTES_MAX = 255
+# What stands in a public URL where a secret was.
+HIDDEN = "***"
+
+# Most URLs of a catalog of a million are of this kind and already normal.
+_PLAIN = re.compile(r"https?://[a-z0-9.-]+(?::[0-9]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_FORBIDDEN = re.compile(r"[\0\r\n]")
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
+_SECRETS = re.compile(r"(://)[^/@]*@|[?].*", re.DOTALL)
+_PATH_SAFE = "/~!$&'()*+,;=:@"
+_QUERY_SAFE = "%/?~!$&'()*+,;=:@[]{}|^`\\"
+
+
+class RemoteUrl(msgspec.Struct, frozen=True, kw_only=True):
+    """A URL in its parts.
+
+    ``path`` is decoded text (``surrogateescape`` for bytes that are not UTF-8); of http URLs
+    it is the encoded path as it goes over the wire.  It begins with ``/`` except for s3,
+    where it is the key and may be empty.  ``host`` is the bucket of s3 and the store's name
+    of memory; empty for file and staging.
+    """
+
+    scheme: str
+    host: str
+    path: str
+    port: int | None = None
+    user: str | None = None
+    password: str | None = None
+    query: str | None = None
+
+    @property
+    def authority(self) -> str:
+        """``host`` or ``host:port``, without user."""
+        return self.host if self.port is None else f"{self.host}:{self.port}"
+
+    @property
+    def host_url(self) -> str:
+        """Scheme, user and host: what one connection serves.  No password, no path."""
+        user = "" if self.user is None else quote(self.user, safe="*") + "@"
+        return f"{self.scheme}://{user}{self.authority}"
+
+    def __str__(self) -> str:
+        user = "" if self.user is None else quote(self.user, safe="*")
+        if self.password is not None:
+            user += ":" + quote(self.password, safe="*")
+        at = "@" if self.user is not None or self.password is not None else ""
+        path = quote_path(self.path) if self.scheme in DECODED_SCHEMES else self.path
+        slash = "/" if self.scheme == "s3" else ""
+        query = "" if self.query is None else "?" + self.query
+        return f"{self.scheme}://{user}{at}{self.authority}{slash}{path}{query}"
+
+
+def parse(text: str) -> RemoteUrl:
+    """The parts of a URL, checked and normal.  Raises InvalidUrl."""
+    match = _SCHEME.fullmatch(text)
+    if match is None:
+        raise InvalidUrl(f"{shown(text)!r} is not a URL: write it as scheme://host/path.")
+    scheme, rest = match[1].lower(), match[2]
+    if scheme not in SCHEMES:
+        known = ", ".join(sorted(SCHEMES))
+        raise InvalidUrl(
+            f"The scheme {scheme!r} of {shown(text)!r} is not known: use one of {known}."
+        )
+    if len(text) > URL_CHARACTERS_MAX:
+        raise InvalidUrl(
+            f"The URL {shown(text[:80])}... has more than {URL_CHARACTERS_MAX} characters."
+        )
+    if _FORBIDDEN.search(text):
+        raise InvalidUrl(
+            f"The URL {shown(text)!r} holds a NUL or a line break: write it percent-encoded "
+            "where the scheme allows that."
+        )
+    authority, slash, path = rest.partition("/")
+    if scheme in HTTP_SCHEMES and not slash and "?" in authority:
+        raise InvalidUrl(f"The URL {shown(text)!r} has no path before its query: add a '/'.")
+    user, password, host, port = _authority(scheme, authority, text)
+    path, query = _path(scheme, slash + path, text)
+    return RemoteUrl(
+        scheme=scheme, host=host, port=port, user=user, password=password, path=path, query=query
+    )
+
+
+def normalize(text: str) -> str:
+    """The one spelling of a URL.  Secrets stay in it (see ``credentials``).  Raises InvalidUrl."""
+    if _PLAIN.fullmatch(text) and len(text) <= URL_CHARACTERS_MAX:
+        return text
+    return str(parse(text))
+
+
+def join(base: str, name: str) -> str:
+    """The URL of the entry ``name`` (decoded, one path component) of the directory ``base``.
+
+    Raises InvalidUrl for a name that is no file name or that the scheme cannot express.
+    """
+    if not is_file_name(name):
+        raise InvalidUrl(f"{name!r} cannot be the name of an entry of {shown(base)!r}.")
+    url = parse(base)
+    if url.scheme == "s3":
+        prefix = url.path if not url.path or url.path.endswith("/") else url.path + "/"
+    else:
+        prefix = url.path.rstrip("/") + "/"
+    if url.scheme in HTTP_SCHEMES:
+        name = quote_path(name)
+    elif url.scheme in LITERAL_SCHEMES and _FORBIDDEN.search(name):
+        raise InvalidUrl(f"The name {name!r} holds a line break, which {url.scheme} URLs cannot.")
+    return str(msgspec.structs.replace(url, path=prefix + name, query=None))
+
+
+def last_name(text: str) -> str:
+    """The decoded last component of the path; empty when there is none."""
+    url = parse(text)
+    name = url.path.rstrip("/").rpartition("/")[2]
+    return decode_path(name) if url.scheme in HTTP_SCHEMES else name
+
+
+def quote_path(path: str) -> str:
+    """A path as the URLs of ``file``, ``ssh`` and ``http`` spell it."""
+    return quote(path.encode("utf-8", "surrogateescape"), safe=_PATH_SAFE)
+
+
+def decode_path(encoded: str) -> str:
+    """The inverse of ``quote_path``; takes unencoded characters too."""
+    raw = unquote_to_bytes(encoded.encode("utf-8", "surrogateescape"))
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name can stand in a directory: one component of 1 to 255 bytes."""
+    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(name.encode("utf-8", "surrogateescape")) <= NAME_BYTES_MAX
+    except UnicodeEncodeError:
+        return False
+
+
+def shown(text: str) -> str:
+    """A URL, maybe a wrong one, as it may appear in a message: without userinfo and query."""
+    return _SECRETS.sub(lambda found: found[1] or "?" + HIDDEN, text)
+
+
+def _authority(
+    scheme: str, authority: str, text: str
+) -> tuple[str | None, str | None, str, int | None]:
+    userinfo, at, host = authority.rpartition("@")
+    if scheme in LOCAL_SCHEMES:
+        if at or (host and (scheme, host) != ("file", "localhost")):
+            raise InvalidUrl(
+                f"The URL {shown(text)!r} names a host: write {scheme}:///path with three slashes."
+            )
+        return None, None, "", None
+    user, colon, password = userinfo.partition(":")
+    host, port = _host_and_port(host, text)
+    if scheme != "s3":
+        host = host.lower()
+    default_port = {"http": 80, "https": 443}.get(scheme)
+    return (
+        _decoded_user(user, text) if at else None,
+        _decoded_user(password, text) if colon else None,
+        host,
+        None if port == default_port else port,
+    )
+
+
+def _decoded_user(part: str, text: str) -> str:
+    decoded = decode_path(part)
+    if not decoded.isprintable():
+        raise InvalidUrl(f"The user of the URL {shown(text)!r} holds unprintable characters.")
+    return decoded
+
+
+def _host_and_port(host: str, text: str) -> tuple[str, int | None]:
+    port = None
+    if match := re.fullmatch(r"(.*[^:]|\[.*\]):([0-9]{0,6})", host):
+        host = match[1]
+        port = int(match[2]) if match[2] else None
+        if port is not None and not 0 < port < 1 << 16:
+            raise InvalidUrl(f"The port of the URL {shown(text)!r} is not between 1 and 65535.")
+    if not _HOST.fullmatch(host) or host.startswith("-"):
+        raise InvalidUrl(
+            f"The URL {shown(text)!r} names no valid host: use letters, digits, '.', '-' and '_', "
+            "or an IPv6 address in brackets."
+        )
+    return host, port
+
+
+def _path(scheme: str, path: str, text: str) -> tuple[str, str | None]:
+    query = None
+    if scheme in HTTP_SCHEMES:
+        if "#" in path:
+            raise InvalidUrl(
+                f"The URL {shown(text)!r} holds a '#', which no server would see: write %23."
+            )
+        path, mark, tail = path.partition("?")
+        query = quote(tail.encode("utf-8", "surrogateescape"), safe=_QUERY_SAFE) if mark else None
+        path = _encoded(path or "/")
+        segments = decode_path(path).split("/")
+    else:
+        if scheme in DECODED_SCHEMES:
+            path = _decoded(path, text)
+        path = path[1:] if scheme == "s3" else re.sub("/+", "/", path) or "/"
+        segments = path.split("/")
+    if "." in segments or ".." in segments:
+        raise InvalidUrl(
+            f"The path of the URL {shown(text)!r} holds '.' or '..': write it without them."
+        )
+    if any("\0" in segment for segment in segments):
+        raise InvalidUrl(f"The path of the URL {shown(text)!r} holds an encoded NUL.")
+    return path, query
+
+
+def _encoded(path: str) -> str:
+    """An http path with everything encoded that must be, and escapes in upper case."""
+    path = _BROKEN_ESCAPE.sub("%25", path)
+    path = quote(path.encode("utf-8", "surrogateescape"), safe=_PATH_SAFE + "%")
+    return _ESCAPE.sub(lambda escape: escape[0].upper(), path)
+
+
+def _decoded(path: str, text: str) -> str:
+    if "%2f" in path.lower():
+        raise InvalidUrl(
+            f"The path of the URL {shown(text)!r} holds an encoded slash, which no file name can."
+        )
+    return decode_path(path)
