@@ -1,0 +1,141 @@
+"""Fixtures that several test folders share, the watchdog, and the check that nothing is left.
+
+Whatever a test starts lies below one directory of the session, so that a mount or a program
+that outlives it can be told from anybody else's.
+"""
+
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support import kernel
+from tests.support.identity import Identity, identities
+from tests.support.mounted import Mounted
+
+SESSION_DIRECTORY = pytest.StashKey[Path]()
+# The watchdog ends what hangs a test shortly before pytest-timeout interrupts the test itself,
+# which a test that waits inside a system call on a dead mount would not notice.
+WATCHDOG_SHARE = 0.9
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="sft."))
+    directory.chmod(0o755)
+    config.stash[SESSION_DIRECTORY] = directory
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[SESSION_DIRECTORY], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    bound_s = float(item.config.getini("timeout"))
+    if (marker := item.get_closest_marker("timeout")) is not None and marker.args:
+        bound_s = float(marker.args[0])
+    directory = item.config.stash[SESSION_DIRECTORY]
+    watchdog = threading.Timer(bound_s * WATCHDOG_SHARE, _abort_mounts, [directory])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        return (yield)
+    finally:
+        watchdog.cancel()
+
+
+def _abort_mounts(directory: Path) -> None:
+    for mount in kernel.mounts(below=directory):
+        if mount.kind.startswith("fuse"):
+            kernel.abort(mount)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    yield
+    left = [
+        *kernel.end_all_below(pytestconfig.stash[SESSION_DIRECTORY]),
+        *kernel.end_all_below(tmp_path_factory.getbasetemp()),
+    ]
+    assert not left, f"the tests left behind: {'; '.join(left)}"
+
+
+@pytest.fixture(scope="session")
+def session_directory(pytestconfig: pytest.Config, nothing_left_behind: None) -> Path:
+    """Open to every user, unlike pytest's own temporary directories."""
+    return pytestconfig.stash[SESSION_DIRECTORY]
+
+
+@pytest.fixture(scope="session")
+def all_identities(session_directory: Path) -> dict[str, Identity]:
+    for parent in session_directory.parents:
+        if not parent.stat().st_mode & 0o001:
+            pytest.fail(f"Ordinary users cannot enter {parent}; set TMPDIR to another directory.")
+    return identities(session_directory)
+
+
+@pytest.fixture(params=["root", "user"] if os.geteuid() == 0 else ["user"])
+def identity(request: pytest.FixtureRequest, all_identities: dict[str, Identity]) -> Identity:
+    """Who mounts: each test that uses it runs as root and as an ordinary user."""
+    return all_identities[request.param]
+
+
+@pytest.fixture
+def anybody(all_identities: dict[str, Identity]) -> Identity:
+    """Who mounts, for tests that have nothing to say about users: whoever runs the suite."""
+    return next(iter(all_identities.values()))
+
+
+@pytest.fixture(scope="session")
+def numbers() -> Iterator[int]:
+    return itertools.count()
+
+
+@pytest.fixture
+def work(session_directory: Path, numbers: Iterator[int]) -> Iterator[Path]:
+    """An empty directory of this test, with a short name, open to every user."""
+    directory = session_directory / f"w{next(numbers)}"
+    directory.mkdir(mode=0o755)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+MakeMount = Callable[..., Mounted]
+
+
+@pytest.fixture
+def new_mount(work: Path) -> Iterator[MakeMount]:
+    """``new_mount(identity, "--capacity", "1GiB", settings="[read]\\n...")``: a running mount.
+
+    ``settings`` is a TOML configuration file.  ``mounted=False`` only prepares the directories.
+    """
+    made: list[Mounted] = []
+
+    def new(
+        identity: Identity,
+        *options: str,
+        settings: str = "",
+        environment: Mapping[str, str] | None = None,
+        mounted: bool = True,
+    ) -> Mounted:
+        top = identity.directory(work / f"m{len(made)}")
+        point = identity.directory(top / "mnt")
+        if settings:
+            (top / "stagefs.conf").write_text(settings)
+            options = ("--config", str(top / "stagefs.conf"), *options)
+        mount = Mounted(identity, point, top / "state", dict(environment or {}), options)
+        made.append(mount)
+        if mounted:
+            mount.mount()
+        return mount
+
+    yield new
+    for mount in made:
+        mount.at_end()

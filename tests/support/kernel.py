@@ -1,0 +1,112 @@
+"""What the kernel says of mounts and programs, and the rough ways to end them.
+
+Reads /proc and /sys only; needs nothing of StageFS, so that it can judge it.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.waiting import wait_until
+
+
+@dataclasses.dataclass(frozen=True)
+class Mount:
+    point: Path
+    kind: str
+    connection: int
+    """The directory of /sys/fs/fuse/connections that belongs to it (the device's minor)."""
+
+
+def mounts(*, below: Path | None = None) -> list[Mount]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        point = Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), fields[4]))
+        if below is None or below in point.parents:
+            found.append(Mount(point, after.split(" ")[0], int(fields[2].split(":")[1])))
+    return found
+
+
+def mount_at(point: Path) -> Mount | None:
+    return next((mount for mount in mounts() if mount.point == point), None)
+
+
+def abort(mount: Mount) -> None:
+    """Every request on the connection ends with ECONNABORTED: who hung on it runs on."""
+    with contextlib.suppress(OSError):
+        Path(f"/sys/fs/fuse/connections/{mount.connection}/abort").write_text("1")
+
+
+def detach(mount: Mount) -> None:
+    if mount.kind.startswith("fuse"):
+        abort(mount)
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run(
+            ["fusermount3", "-uz", str(mount.point)], capture_output=True, check=False
+        )
+        if done.returncode == 0:
+            return
+    subprocess.run(["umount", "-l", str(mount.point)], capture_output=True, check=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    pid: int
+    parent: int
+    command: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.pid}: {' '.join(self.command)}"
+
+
+def programs() -> Iterator[Program]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            # It may end while we look.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                command = (entry / "cmdline").read_bytes()
+                status = (entry / "stat").read_text("utf-8", "replace")
+                if command:
+                    words = os.fsdecode(command).rstrip("\0").split("\0")
+                    parent = int(status.rpartition(")")[2].split()[1])
+                    yield Program(int(entry.name), parent, words)
+
+
+def programs_naming(directory: Path) -> list[Program]:
+    """Programs with this directory, or something below it, in their command line."""
+    pattern = re.compile(re.escape(str(directory)) + r"(?![\w.-])")
+    return sorted(
+        (
+            program
+            for program in programs()
+            if program.pid != os.getpid() and any(pattern.search(w) for w in program.command)
+        ),
+        key=lambda program: program.pid,
+    )
+
+
+def end(program: Program) -> None:
+    for number in (signal.SIGKILL, signal.SIGCONT):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(program.pid, number)
+
+
+def end_all_below(directory: Path) -> list[str]:
+    """Detach every mount and end every program of a directory.  Returns what there was."""
+    found = []
+    for mount in reversed(mounts(below=directory)):
+        found.append(f"a {mount.kind} mount at {mount.point}")
+        detach(mount)
+    for program in programs_naming(directory):
+        found.append(f"program {program}")
+        end(program)
+    if found:
+        wait_until(lambda: not programs_naming(directory), f"the end of {found}")
+    return found

@@ -1,0 +1,12 @@
+"""Waiting for something in another program, which sends no event: polls, with a bound."""
+
+import threading
+import time
+from collections.abc import Callable
+
+
+def wait_until(holds: Callable[[], bool], what: str, *, deadline_s: float = 20.0) -> None:
+    pause, end = threading.Event(), time.monotonic() + deadline_s
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not within {deadline_s:.0f} s"
+        pause.wait(0.01)
