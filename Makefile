@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check lint types layers wheel format bench clean
 
 help: ## these lines
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -18,11 +18,19 @@ demo: setup ## three tasks share one remote input that is fetched once; checks w
 test: setup ## the whole test suite; ARGS='-k name' is handed to pytest
 	@$(BIN)/pytest $(ARGS)
 
-check: setup ## ruff, mypy, import-linter, the contents of the wheel
+check: lint types layers wheel ## ruff, mypy, import-linter, the contents of the wheel
+
+lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: setup
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+layers: setup
+	$(BIN)/lint-imports --no-logo
+
+wheel: setup
 	tools/check/wheel.sh
 
 format: setup ## let ruff put the code in order

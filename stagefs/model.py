@@ -33,7 +33,7 @@ class ChecksumKind(enum.StrEnum):
 
 
 class Checksum(msgspec.Struct, frozen=True):
-    """A digest of a whole object, as declared by a user or a catalog.  ``digest`` is lower-case hex."""
+    """The digest of a whole object that a user or a catalog declared.  ``digest``: lower-case hex."""
 
     kind: ChecksumKind
     digest: str

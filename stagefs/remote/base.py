@@ -22,7 +22,7 @@ WHOLE_OBJECT_BYTES_MAX = 64 << 10
 
 
 class Sink(Protocol):
-    """Where a fetch puts its bytes: byte ``n`` of the object goes to file offset ``n - shift`` of ``fd``.
+    """Where a fetch puts its bytes: byte ``n`` of the object goes to ``fd`` at ``n - shift``.
 
     ``landed`` is called in the trio thread, with rising, adjoining spans that start at the
     span's start; each call says that these bytes are in the file.  Calls come at least
@@ -65,9 +65,7 @@ class Remote(Protocol):
         over 255 bytes) are left out; symbolic links are followed by the server or left out."""
         ...
 
-    async def fetch(
-        self, url: str, span: Span, *, sink: Sink, validator: str | None
-    ) -> ObjectInfo:
+    async def fetch(self, url: str, span: Span, *, sink: Sink, validator: str | None) -> ObjectInfo:
         """Write exactly ``span`` into ``sink`` and return what the object was.
 
         ``span`` lies within the object (the caller knows its size).  With a ``validator`` the
