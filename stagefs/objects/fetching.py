@@ -1,0 +1,206 @@
+"""Bringing chunks: what to fetch, in which spans, how many at once, and what failures mean.
+
+Concurrency: all decisions are made in the trio thread without awaiting (plan); each flight is
+a task in the nursery that Objects owns, so a reader that gives up never takes a fetch with
+it that others wait for.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from stagefs.errors import (
+    CacheFailed,
+    ObjectChanged,
+    RangesRefused,
+    RemoteError,
+    StageFSError,
+)
+from stagefs.model import MIB, Inode, Span
+from stagefs.objects.content import (
+    ABSENT,
+    Content,
+    Counters,
+    Failure,
+    Flight,
+)
+from stagefs.objects.recent import RecentErrors
+from stagefs.objects.room import Room
+from stagefs.config import ReadSettings
+from stagefs.objects.volatile import VolatileBudget, VolatileEntry
+from stagefs.remote.base import Remote
+
+log = logging.getLogger(__name__)
+
+# A fetch that is decided brings at most this much: small enough that its tail is not far
+# behind, large enough that the request's own cost vanishes.
+SPAN_BYTES_MAX = 8 * MIB
+
+
+class Fetcher:
+    """Starts flights and deals with how they end."""
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        remote_for: Callable[[str], Remote],
+        room: Room,
+        volatile: VolatileBudget,
+        errors: RecentErrors,
+        counters: Counters,
+        settings: ReadSettings,
+        ranges_refused: Callable[[Inode], None],
+        changed: Callable[[Content], None],
+    ) -> None:
+        self._nursery = nursery
+        self._remote_for = remote_for
+        self._room = room
+        self._volatile = volatile
+        self._errors = errors
+        self._counters = counters
+        self._settings = settings
+        self._ranges_refused = ranges_refused
+        self._changed = changed
+        self.flights: set[Flight] = set()
+
+    # Deciding
+
+    def plan(self, content: Content, wanted: Span, *, urgent: Span) -> None:
+        """Start fetches for what is neither here nor coming.  ``urgent`` (what a read waits for)
+        is always fetched; the rest of ``wanted`` only within the limits."""
+        entry = content.entry
+        assert entry is not None
+        if content.changed is not None:
+            return
+        if not content.ranges:
+            self._plan_whole(content)
+            return
+        chunks = content.chunks(wanted)
+        urgent_stop = content.chunks(urgent).stop
+        run_max = max(1, SPAN_BYTES_MAX >> entry.chunk_shift)
+        state, flights, failures = entry.state, content.flights, content.failures
+        # Most calls find the whole window here already: one scan in C settles that.
+        first = state.find(ABSENT, chunks.start, chunks.stop)
+        while 0 <= first < chunks.stop:
+            if first in flights or (failures and first in failures):
+                first = state.find(ABSENT, first + 1, chunks.stop)
+                continue
+            if first >= urgent_stop and not self._may_start(content):
+                return
+            stop = first + 1
+            # What is urgent flies alone with its neighbours, so that it lands first.
+            limit = min(chunks.stop, first + run_max)
+            while stop < limit and state[stop] == ABSENT and stop not in flights:
+                stop += 1
+            self._start(content, range(first, stop))
+            first = state.find(ABSENT, stop, chunks.stop)
+
+    def _may_start(self, content: Content) -> bool:
+        settings = self._settings
+        return (
+            content.flight_count < settings.parallel_spans_per_object
+            and self._counters.in_flight_bytes < settings.in_flight_bytes_max
+        )
+
+    def _plan_whole(self, content: Content) -> None:
+        entry = content.entry
+        assert entry is not None
+        chunks = range(len(entry.state))
+        if content.flight_count == 0 and 0 not in content.failures:
+            self._start(content, chunks)
+
+    def _start(self, content: Content, chunks: range) -> None:
+        entry = content.entry
+        assert entry is not None
+        flight = Flight(content, entry, chunks, self._counters)
+        for chunk in chunks:
+            if entry.state[chunk] == ABSENT:
+                content.flights[chunk] = flight
+        content.flight_count += 1
+        self.flights.add(flight)
+        self._counters.in_flight_bytes += flight.span.length
+        self._nursery.start_soon(self._fly, content, flight)
+
+    # Flying
+
+    async def _fly(self, content: Content, flight: Flight) -> None:
+        entry = content.entry
+        error: StageFSError | None = None
+        try:
+            await self._room.make(flight.span.length)
+            self._counters.fetches += 1
+            await self._remote_for(content.url).fetch(
+                content.url, flight.span, sink=flight, validator=content.validator
+            )
+        except StageFSError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001 - a defect of ours costs this fetch, not the mount
+            self._counters.unexpected += 1
+            log.exception("fetch of %s failed unexpectedly", content.url)
+            error = RemoteError(f"fetching {content.url} failed unexpectedly ({failure!r})")
+        finally:
+            content.flight_count -= 1
+            self.flights.discard(flight)
+            self._counters.in_flight_bytes -= flight.span.length
+            left = [chunk for chunk in flight.chunks if content.flights.get(chunk) is flight]
+            for chunk in left:
+                del content.flights[chunk]
+            if error is not None and content.entry is entry:
+                self.failed(content, left, error)
+            content.wake(left)
+        if error is None and content.checksum is not None and not content.checksum_proved:
+            content.wake_all()
+
+    def failed(self, content: Content, chunks: list[int], error: StageFSError) -> None:
+        if isinstance(error, RangesRefused):
+            content.ranges = False
+            self._ranges_refused(content.inode)
+            return
+        if isinstance(error, CacheFailed):
+            self.to_memory(content, error)
+            return
+        self._counters.failed_fetches += 1
+        self._errors.note(content.object_id.key, error)
+        log.log(error.log_level, "fetch of %s: %s", content.url, error)
+        if isinstance(error, ObjectChanged):
+            content.changed = error
+            self._changed(content)
+            content.wake_all()
+            return
+        until = trio.current_time() + self._settings.failure_hold_s
+        for chunk in chunks:
+            content.failures[chunk] = Failure(error, until)
+
+    def to_memory(self, content: Content, error: CacheFailed) -> None:
+        """The cache disk cannot take this object: hold what is read of it in memory instead."""
+        if isinstance(content.entry, VolatileEntry):
+            return
+        log.warning("reading %s without the cache: %s", content.url, error)
+        self._errors.note(content.object_id.key, error)
+        self._counters.volatile_objects += 1
+        content.entry = VolatileEntry(
+            content.object_id,
+            size_bytes=content.size_bytes,
+            validator=content.validator or "",
+            budget=self._volatile,
+        )
+        content.preadv_flags = 0
+        content.serving = content.entry if content.checksum_proved else None
+        content.flights.clear()
+        content.failures.clear()
+        content.wake_all()
+
+    # Failures that readers meet
+
+    def raise_failure(self, content: Content, chunk: int) -> None:
+        """Raise why ``chunk`` cannot be had, when that was found out a moment ago."""
+        if content.changed is not None:
+            raise content.changed
+        failure = content.failures.get(chunk)
+        if failure is None:
+            return
+        if trio.current_time() < failure.until:
+            raise failure.error
+        del content.failures[chunk]

@@ -1,0 +1,51 @@
+"""How far ahead of a reader to fetch: pure decisions, one object per open file handle.
+
+The window starts with nothing beyond the bytes asked for, doubles while reads go forward,
+and falls back to nothing on a jump.  A jump forward of at most ``seek_tolerance_bytes``
+still counts as going forward; so does a step back within one chunk, because the kernel
+sends the requests of its own read-ahead in any order.  (The shape is mountpoint-s3's
+prefetcher's.)
+"""
+
+from stagefs.model import MIB, Span
+
+START_BYTES = MIB
+NEVER = 1 << 62
+
+
+class ReadAhead:
+    """State of one handle.  ``trigger`` is the offset from which on the window needs topping up:
+    the hot path compares it and nothing else."""
+
+    __slots__ = ("_expected", "_seek_tolerance", "_window", "_window_max", "trigger")
+
+    def __init__(self, *, window_bytes_max: int, seek_tolerance_bytes: int) -> None:
+        self._window = 0
+        self._window_max = window_bytes_max
+        self._seek_tolerance = seek_tolerance_bytes
+        self._expected = -1
+        self.trigger = 0
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window
+
+    def wanted(self, span: Span, *, size_bytes: int) -> Span:
+        """Note a read of ``span`` and say what should be in the cache or on its way because of it.
+
+        The answer starts at the span's start and covers at least the span, within the object.
+        """
+        if self._expected < 0:
+            self._window = 0
+        elif -MIB <= span.start - self._expected <= self._seek_tolerance:
+            if span.stop > self._expected:
+                self._window = min(max(self._window * 2, START_BYTES), self._window_max)
+        else:
+            self._window = 0
+        self._expected = max(span.stop, self._expected if self._window else 0)
+        stop = min(span.stop + self._window, size_bytes)
+        if stop >= size_bytes or not self._window:
+            self.trigger = NEVER
+        else:
+            self.trigger = span.stop + self._window // 2
+        return Span(span.start, max(stop - span.start, 0))

@@ -1,0 +1,188 @@
+"""Small files: fetched whole, many in one pipelined batch, ahead of a task that walks a directory.
+
+A miss on a small object queues it.  When a second neighbour of the same directory is missed,
+the names that follow are queued too, twice as many each time (``ahead``), because a task that
+opened two neighbours usually wants the rest.  Concurrency: trio thread; batches are tasks in
+the nursery of Objects; bounded by ``small_batches_in_flight`` per remote and by the queue's
+own bound (what is asked for ahead is dropped when the queue is full, what a reader waits for
+never is).
+"""
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from stagefs.cache.store import Cache
+from stagefs.errors import CacheFailed, ObjectChanged, RemoteError, StageFSError
+from stagefs.model import WholeObject
+from stagefs.objects.content import Content, Counters, Shared
+from stagefs.objects.proving import digest_of_bytes, mismatch
+from stagefs.config import ReadSettings
+from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, Remote
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 4096
+SHARED_NAME = "small"
+
+
+class Wanted(msgspec.Struct, frozen=True, eq=False):
+    """One object of a batch (see ``remote.base.BatchItem``)."""
+
+    content: Content
+    url: str
+    validator: str | None
+
+
+class Walk:
+    """How a task goes through one directory: where it was last, and how far ahead we are."""
+
+    __slots__ = ("ahead", "cookie", "queued_until")
+
+    def __init__(self, cookie: int) -> None:
+        self.cookie = cookie
+        self.queued_until = cookie
+        self.ahead = 0
+
+    def step(self, cookie: int, ahead_max: int) -> int:
+        """Note a read of the name at ``cookie``; returns how many names to queue (0: none)."""
+        if self.cookie < cookie <= max(self.queued_until, self.cookie) + 16:
+            self.ahead = min(max(4, self.ahead * 2), ahead_max)
+        elif cookie != self.cookie:
+            self.ahead = 0
+            self.queued_until = cookie
+        self.cookie = max(cookie, self.cookie) if self.ahead else cookie
+        return self.ahead
+
+
+class SmallFetcher:
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        remote_for: Callable[[str], Remote],
+        cache: Cache,
+        failed: Callable[[Content, list[int], StageFSError], None],
+        counters: Counters,
+        settings: ReadSettings,
+        arrived: Callable[[Content, WholeObject, object], None],
+    ) -> None:
+        self._nursery = nursery
+        self._remote_for = remote_for
+        self._cache = cache
+        self._failed = failed
+        self._counters = counters
+        self._settings = settings
+        self._arrived = arrived
+        self._queues: dict[int, deque[Wanted]] = {}
+        self._running: dict[int, int] = {}
+        self._walks: OrderedDict[int, Walk] = OrderedDict()
+
+    def takes(self, content: Content) -> bool:
+        return content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
+
+    def walk(self, directory: int) -> Walk | None:
+        return self._walks.get(directory)
+
+    def step(self, directory: int, cookie: int) -> tuple[int, int]:
+        """A task missed the small file at ``cookie`` of ``directory``: (after, count) to queue."""
+        walk = self._walks.get(directory)
+        if walk is None:
+            self._walks[directory] = Walk(cookie)
+            if len(self._walks) > 1024:
+                self._walks.popitem(last=False)
+            return cookie, 0
+        count = walk.step(cookie, self._settings.small_ahead_max)
+        return max(walk.queued_until, cookie), count
+
+    def queued(self, directory: int, until: int) -> None:
+        walk = self._walks.get(directory)
+        if walk is not None:
+            walk.queued_until = until
+
+    def want(self, content: Content, *, urgent: bool) -> Shared | None:
+        """Queue ``content``; the answer is set when it has arrived or failed."""
+        shared = content.shared.get(SHARED_NAME)
+        if shared is not None:
+            return shared
+        remote = self._remote_for(content.url)
+        queue = self._queues.setdefault(id(remote), deque())
+        if not urgent and len(queue) >= QUEUE_MAX:
+            return None
+        shared = content.shared[SHARED_NAME] = Shared()
+        wanted = Wanted(content, content.url, content.validator)
+        if urgent:
+            queue.appendleft(wanted)
+        else:
+            queue.append(wanted)
+        running = self._running.get(id(remote), 0)
+        if running < self._settings.small_batches_in_flight:
+            self._running[id(remote)] = running + 1
+            self._nursery.start_soon(self._drain, remote, queue)
+        return shared
+
+    async def _drain(self, remote: Remote, queue: deque[Wanted]) -> None:
+        try:
+            while queue:
+                count = min(len(queue), self._settings.small_batch_items_max)
+                await self._batch(remote, [queue.popleft() for _ in range(count)])
+        finally:
+            self._running[id(remote)] -= 1
+
+    async def _batch(self, remote: Remote, items: Sequence[Wanted]) -> None:
+        self._counters.batches += 1
+        results: Sequence[WholeObject | StageFSError]
+        try:
+            results = await remote.fetch_batch(items)
+        except StageFSError as error:
+            results = [error] * len(items)
+        except Exception as error:  # noqa: BLE001 - a defect of ours costs this batch, not the mount
+            self._counters.unexpected += 1
+            log.exception("batch of %d small objects failed unexpectedly", len(items))
+            results = [RemoteError(f"fetching failed unexpectedly ({error!r})")] * len(items)
+        good = []
+        for item, result in zip(items, results, strict=True):
+            checked = self._check(item, result)
+            if isinstance(checked, StageFSError):
+                self._fail(item.content, checked)
+            else:
+                good.append((item.content, checked))
+        if not good:
+            return
+        try:
+            entries: Sequence[object] = await trio.to_thread.run_sync(
+                self._cache.store_small, [(c.object_id, o, c.checksum) for c, o in good]
+            )
+        except CacheFailed as error:
+            log.warning("small objects are read without the cache: %s", error)
+            entries = [error] * len(good)
+        for (content, whole), entry in zip(good, entries, strict=True):
+            self._counters.small_objects += 1
+            self._counters.fetched_bytes += len(whole.data)
+            self._arrived(content, whole, entry)
+            content.shared.pop(SHARED_NAME).event.set()
+
+    def _check(self, item: Wanted, result: WholeObject | StageFSError) -> WholeObject | StageFSError:
+        if isinstance(result, StageFSError):
+            return result
+        content = item.content
+        if len(result.data) != content.size_bytes:
+            return ObjectChanged(
+                f"{content.url} has {len(result.data)} bytes, {content.size_bytes} were "
+                "registered; stage it in again with --replace"
+            )
+        if content.checksum is not None:
+            found = digest_of_bytes(result.data, content.checksum.kind)
+            if found != content.checksum.digest:
+                self._counters.checksum_mismatches += 1
+                return mismatch(content.url, content.checksum, found)
+        return result
+
+    def _fail(self, content: Content, error: StageFSError) -> None:
+        self._failed(content, [0], error)
+        shared = content.shared.pop(SHARED_NAME)
+        shared.error = error
+        shared.event.set()
