@@ -33,7 +33,9 @@ class ChecksumKind(enum.StrEnum):
 
 
 class Checksum(msgspec.Struct, frozen=True):
-    """The digest of a whole object that a user or a catalog declared.  ``digest``: lower-case hex."""
+    """The digest of a whole object, as a user or a catalog declared it.  ``digest`` is hex in
+    lower case.
+    """
 
     kind: ChecksumKind
     digest: str
