@@ -1,0 +1,86 @@
+"""How long a mount lives: until a process ends, until the batch job ends, or for ever.
+
+A process is (pid, start time), so that a reused pid is never taken for it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# The process on a node that lives exactly as long as the job (or the job step) there.
+JOB_KEEPERS = (
+    "slurmstepd",
+    "sge_shepherd",
+    "pbs_mom",
+    "condor_starter",
+    "lsf_res",
+    "oarexec",
+    "prun",
+)
+
+
+@dataclass(frozen=True)
+class LivingProcess:
+    pid: int
+    start_time: int  # clock ticks after boot, field 22 of /proc/PID/stat
+
+    def is_alive(self) -> bool:
+        return read_process(self.pid) == self
+
+
+def read_process(pid: int) -> LivingProcess | None:
+    """The process as it is now; None when it is gone or a zombie."""
+    fields = _stat_fields(pid)
+    if fields is None or fields[0] in "ZX":
+        return None
+    return LivingProcess(pid, int(fields[19]))
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """/proc/PID/stat from the third field on: the second may hold blanks and brackets."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text[text.rindex(")") + 2 :].split()
+
+
+def is_stuck_zombie(pid: int) -> bool:
+    """Dead, but a thread of it still sits in the kernel, so that it cannot be reaped."""
+    fields = _stat_fields(pid)
+    return fields is not None and fields[0] == "Z"
+
+
+def job_keeper() -> LivingProcess | None:
+    """The nearest ancestor of this process that belongs to the batch system."""
+    pid = os.getppid()
+    while pid > 1:
+        fields = _stat_fields(pid)
+        if fields is None:
+            return None
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        if name in JOB_KEEPERS:
+            return read_process(pid)
+        pid = int(fields[1])
+    return None
+
+
+def parse_lifetime(text: str) -> LivingProcess | None:
+    """``pid:N``, ``job`` or ``forever`` (None).  Raises ValueError with a sentence."""
+    if text == "forever":
+        return None
+    if text == "job":
+        keeper = job_keeper()
+        if keeper is None:
+            raise ValueError(
+                "The lifetime 'job' needs a batch job around this command, and none of its "
+                "parents belongs to one; use --lifetime pid:N or forever."
+            )
+        return keeper
+    kind, _, number = text.partition(":")
+    if kind != "pid" or not number.isdecimal():
+        raise ValueError(f"The lifetime {text!r} is none of pid:N, job, forever.")
+    found = read_process(int(number))
+    if found is None:
+        raise ValueError(f"The lifetime names process {number}, and there is none.")
+    return found
