@@ -17,6 +17,7 @@ import pytest
 from tests.support import kernel
 from tests.support.identity import Identity, identities
 from tests.support.mounted import Mounted
+from tests.support.served import HttpServed, Served, serving
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
 # The watchdog ends what hangs a test shortly before pytest-timeout interrupts the test itself,
@@ -139,3 +140,25 @@ def new_mount(work: Path) -> Iterator[MakeMount]:
     yield new
     for mount in made:
         mount.at_end()
+
+
+@pytest.fixture
+def served_directory(work: Path) -> Path:
+    directory = work / "served"
+    directory.mkdir(mode=0o755)
+    return directory
+
+
+@pytest.fixture(params=["http", "ssh"])
+def served(request: pytest.FixtureRequest, served_directory: Path) -> Iterator[Served]:
+    """A real server: each test that uses it runs over every protocol."""
+    with serving(request.param, served_directory) as server:
+        yield server
+
+
+@pytest.fixture
+def web(served_directory: Path) -> Iterator[HttpServed]:
+    """A real web server, for tests that have nothing to say about protocols."""
+    server = HttpServed(served_directory)
+    yield server
+    server.stop()
