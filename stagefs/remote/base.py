@@ -12,13 +12,15 @@ DeadlineExceeded.  Retries, limits and circuits are wrappers with this same inte
 """
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from stagefs.errors import StageFSError
 from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
 
 # Objects up to this size may be fetched whole, in batches (``fetch_batch``).
 WHOLE_OBJECT_BYTES_MAX = 64 << 10
+# By a name, because inside the classes below ``list`` is a method.
+Results: TypeAlias = list[WholeObject | StageFSError]
 
 
 class Sink(Protocol):
@@ -76,7 +78,7 @@ class Remote(Protocol):
         """
         ...
 
-    async def fetch_batch(self, items: Sequence[BatchItem]) -> list[WholeObject | StageFSError]:
+    async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
         """Fetch small objects (each at most WHOLE_OBJECT_BYTES_MAX) whole, pipelined; one
         result or error for each item, in order.  A larger object gives ObjectChanged."""
         ...

@@ -1,0 +1,146 @@
+"""Asking again: a remote that repeats what failed for a passing reason.
+
+A wrapper with the interface of ``base.Remote``.  Only errors that call themselves transient are
+repeated, with exponential back-off and jitter, at most ``attempts`` times and never begun
+after ``attempts_deadline_s``; the server's own wish (Retry-After) is honoured when it fits
+into that time.  A fetch goes on behind the last byte that landed, in the same version: that
+of the validator, or the one that the first attempt found.  A batch repeats only the items
+that failed.
+
+Lives in the trio thread; keeps no state between calls.
+"""
+
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
+
+import trio
+
+from stagefs.errors import ObjectChanged, RemoteUnavailable, StageFSError
+from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.remote.base import BatchItem, Remote, Results, Sink
+from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.threads import VersionSink
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class RetryingRemote:
+    """``remote``, patiently."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        settings: RemoteSettings,
+        *,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._remote = remote
+        self._settings = settings
+        self._jitter = jitter
+
+    async def stat(self, url: str) -> ObjectInfo:
+        return await self._repeat(lambda: self._remote.stat(url))
+
+    async def list(self, url: str) -> AsyncIterator[Sequence[ListedEntry]]:
+        # The first page says whether the directory can be listed.  Later pages are not
+        # repeated: a second listing may have another order.
+        pages = self._remote.list(url)
+
+        async def first_page() -> Sequence[ListedEntry] | None:
+            nonlocal pages
+            pages = self._remote.list(url)
+            return await anext(pages, None)
+
+        page = await self._repeat(first_page)
+        while page is not None:
+            yield page
+            page = await anext(pages, None)
+
+    async def fetch(self, url: str, span: Span, *, sink: Sink, validator: str | None) -> ObjectInfo:
+        resumed = _ResumedSink(sink, span)
+
+        async def rest() -> ObjectInfo:
+            version = validator
+            if resumed.position > span.start:
+                if validator is None and resumed.found is None:
+                    raise ObjectChanged(
+                        f"The transfer of {url} broke, and its version is not known: "
+                        "it cannot go on where it ended."
+                    )
+                version = resumed.found.validator if resumed.found else validator
+            left = Span(resumed.position, span.stop - resumed.position)
+            return await self._remote.fetch(url, left, sink=resumed, validator=version)
+
+        return await self._repeat(rest)
+
+    async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
+        results: dict[int, WholeObject | StageFSError] = {}
+
+        async def missing_ones() -> None:
+            wanted = [position for position in range(len(items)) if _is_open(results, position)]
+            answers = await self._remote.fetch_batch([items[position] for position in wanted])
+            results.update(zip(wanted, answers, strict=True))
+            for answer in answers:
+                if isinstance(answer, StageFSError) and answer.transient:
+                    raise answer
+
+        try:
+            await self._repeat(missing_ones)
+        except StageFSError as exc:
+            # The batch as a whole failed, or some items did to the end: each has its error.
+            for position in range(len(items)):
+                results.setdefault(position, exc)
+        return [results[position] for position in range(len(items))]
+
+    async def aclose(self) -> None:
+        await self._remote.aclose()
+
+    async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        deadline = trio.current_time() + self._settings.attempts_deadline_s
+        tried = 0
+        while True:
+            try:
+                return await attempt()
+            except StageFSError as exc:
+                tried += 1
+                if not exc.transient or tried >= self._settings.attempts:
+                    raise
+                pause_s = self._pause_s(exc, tried)
+                if trio.current_time() + pause_s >= deadline:
+                    raise
+                log.debug("attempt %d failed, the next in %.2f s: %s", tried, pause_s, exc)
+            await trio.sleep(pause_s)
+
+    def _pause_s(self, exc: StageFSError, tried: int) -> float:
+        limit_s = min(self._settings.backoff_s * 2.0 ** (tried - 1), self._settings.backoff_s_max)
+        pause_s = limit_s * (0.5 + self._jitter() / 2)
+        wish_s = exc.retry_after_s if isinstance(exc, RemoteUnavailable) else None
+        return pause_s if wish_s is None else max(wish_s, pause_s)
+
+
+def _is_open(results: Mapping[int, WholeObject | StageFSError], position: int) -> bool:
+    result = results.get(position)
+    return result is None or (isinstance(result, StageFSError) and result.transient)
+
+
+class _ResumedSink(VersionSink):
+    """The caller's sink, and how far it is filled."""
+
+    def __init__(self, sink: Sink, span: Span) -> None:
+        self._sink = sink
+        self.position = span.start
+
+    @property
+    def fd(self) -> int:
+        return self._sink.fd
+
+    @property
+    def shift(self) -> int:
+        return self._sink.shift
+
+    def landed(self, span: Span) -> None:
+        self._sink.landed(span)
+        self.position = span.stop
