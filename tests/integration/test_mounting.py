@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import kernel
 from tests.support.identity import Identity
-from tests.support.mounted import Mounted
+from tests.support.mounted import Mounted, sentence
 from tests.support.served import HttpServed, content
 from tests.support.sshd import Login, running_sshd
 
@@ -19,17 +19,6 @@ MakeMount = Callable[..., Mounted]
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="changes /dev in a mount namespace of its own, which root may do"
 )
-
-
-def sentence(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The one sentence of a command that refused."""
-    text = os.fsdecode(done.stderr).strip()
-    assert done.returncode != 0, f"{done.args} went well"
-    assert text, f"{done.args} ended with {done.returncode} and said nothing"
-    assert "\n" not in text, f"more than one line: {text}"
-    assert "Traceback" not in text
-    assert text.endswith("."), text
-    return text
 
 
 def test_says_where_things_are(identity: Identity, new_mount: MakeMount) -> None:

@@ -164,3 +164,14 @@ class Mounted:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def sentence(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The one sentence of a command that refused."""
+    text = os.fsdecode(done.stderr).strip()
+    assert done.returncode != 0, f"{done.args} went well"
+    assert text, f"{done.args} ended with {done.returncode} and said nothing"
+    assert "\n" not in text, f"more than one line: {text}"
+    assert "Traceback" not in text
+    assert text.endswith("."), text
+    return text
