@@ -17,7 +17,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -44,6 +44,8 @@ class StateSettings(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     """Directory under which each mount gets its state directory; None: $SLURM_TMPDIR, the
     job's $TMPDIR, /var/tmp: the first that is a local disk."""
+    outputs: str | None = None
+    """Directory on durable storage for outputs; None: inside the state directory."""
     log_bytes_max: Bytes = 64 * MIB
 
 
@@ -51,8 +53,8 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True):
     allow_other: bool = False
     lifetime: str = "forever"
     """``forever``, ``job`` (the batch job named in the environment) or ``pid:N``."""
-    ready_timeout_s: Seconds = 30.0
-    """How long ``stagefs mount`` waits for the mount to answer."""
+    start_timeout_s: Seconds = 60.0
+    """How long a daemon may take until it answers."""
 
 
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,9 +203,7 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     site_directory: Path = SITE_DIRECTORY,
 ) -> Settings:
-    """The settings in force.  ``overrides`` are dotted keys from the command line
-    (``{"cache.capacity_bytes": "10GiB"}``).  Raises InvalidConfig.
-    """
+    """The settings in force; ``overrides`` are dotted keys (``{"log.level": "debug"}``)."""
     return load_with_sources(
         config_file=config_file,
         overrides=overrides,
@@ -219,7 +219,7 @@ def load_with_sources(
     environment: Mapping[str, str] | None = None,
     site_directory: Path = SITE_DIRECTORY,
 ) -> Loaded:
-    """As ``load_settings``, and for each value the place that it came from."""
+    """As ``load_settings``, and for each value the place it came from.  Raises InvalidConfig."""
     environment = os.environ if environment is None else environment
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
@@ -248,14 +248,11 @@ def _check(settings: Settings, sources: Mapping[str, str]) -> None:
     cache = settings.cache
     if cache.low_watermark >= cache.high_watermark:
         where = sources.get("cache.low_watermark") or sources.get("cache.high_watermark")
-        raise InvalidConfig(
-            f"cache.low_watermark ({cache.low_watermark}) in {where} must be below"
-            f" cache.high_watermark ({cache.high_watermark})."
-        )
+        raise InvalidConfig(f"cache.low_watermark in {where} must be below cache.high_watermark.")
     if cache.chunk_bytes < 64 * KIB or cache.chunk_bytes & (cache.chunk_bytes - 1):
+        where = sources.get("cache.chunk_bytes")
         raise InvalidConfig(
-            f"cache.chunk_bytes in {sources.get('cache.chunk_bytes')} is"
-            f" {size_text(cache.chunk_bytes)}: it must be a power of two of at least 64KiB."
+            f"cache.chunk_bytes in {where} must be a power of two of 64KiB or more."
         )
     parse_lifetime(settings.mount.lifetime)
 
@@ -271,7 +268,7 @@ def _files(
         site_directory / FILE_NAME,
         Path(home) / "stagefs" / FILE_NAME,
     ]
-    present = [path for path in candidates if path.is_file()]
+    present = [path for path in candidates if os.path.isfile(path)]
     return present if config_file is None else [*present, config_file]
 
 
@@ -324,7 +321,7 @@ def variable_name(key: str) -> str:
 
 def _refuse_unknown(key: str, *, where: str) -> None:
     if key not in KEYS:
-        raise InvalidConfig(f"Unknown setting {key} in {where}{_nearest(key, KEYS)}.")
+        raise InvalidConfig(f"Unknown setting {key} in {where}{_nearest(key, _KNOWN)}.")
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
@@ -352,6 +349,9 @@ KEYS: Mapping[str, object] = dict(_leaves(Settings, ""))
 SECTIONS = frozenset(
     ".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)
 )
+
+
+_KNOWN = dict.fromkeys([*KEYS, *SECTIONS])
 
 
 def _unit(kind: object) -> tuple[str | None, bool]:
@@ -484,11 +484,17 @@ def parse_lifetime(text: str) -> Lifetime:
     raise InvalidConfig(f"{text!r} is no lifetime: write pid:N, job or forever.")
 
 
+def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    """``KEY=VALUE`` words of a command line as ``overrides``.  Raises InvalidConfig."""
+    overrides = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidConfig(f"{text!r} sets nothing: write KEY=VALUE, as log.level=debug.")
+        overrides[key.strip()] = value.strip()
+    return overrides
+
+
 def environment() -> Mapping[str, str]:
     """The process environment, for the few who pass it on or look for one name."""
     return os.environ
-
-
-def chosen_mount() -> str | None:
-    """The mountpoint that STAGEFS_MOUNT names."""
-    return os.environ.get("STAGEFS_MOUNT") or None

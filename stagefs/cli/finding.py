@@ -1,0 +1,144 @@
+"""Which mount a command is about, and its daemon's socket.
+
+The option ``--mount``, else STAGEFS_MOUNT, else the only StageFS mount of this user.  Mounts
+are found in /proc/self/mountinfo, without touching them; the one thing asked of a mount is
+its link ``.stagefs/control``, in a thread with a deadline, because a mount whose daemon is
+stopped answers nobody.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import msgspec
+
+from stagefs.config import environment
+from stagefs.control.client import Client
+from stagefs.errors import InvalidName, NoDaemon
+from stagefs.state_directory import unescape
+
+FILE_SYSTEM_TYPE = "fuse.stagefs"
+CONTROL_LINK = ".stagefs/control"
+ANSWER_TIMEOUT_S = 10.0
+
+
+class FoundMount(msgspec.Struct, frozen=True):
+    """One StageFS mount.  ``uid`` is the user it is for."""
+
+    mountpoint: str
+    uid: int
+
+
+def staging_mounts(mountinfo: str | None = None) -> list[FoundMount]:
+    if mountinfo is None:
+        mountinfo = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+    found: dict[str, FoundMount] = {}
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _source, options = after.split(" ", 2)
+        mountpoint = unescape(before.split(" ")[4])
+        found.pop(mountpoint, None)  # something mounted over it hides it
+        if kind == FILE_SYSTEM_TYPE:
+            uids = [word[8:] for word in options.split(",") if word.startswith("user_id=")]
+            found[mountpoint] = FoundMount(mountpoint, int(uids[0]) if uids else 0)
+    return list(found.values())
+
+
+def choose_mount(named: str | None, mounts: list[FoundMount], *, uid: int) -> FoundMount:
+    """Raises NoDaemon when there is none, InvalidName when it is not clear which one is meant."""
+    wanted = named or environment().get("STAGEFS_MOUNT") or None
+    if wanted is not None:
+        real = os.path.realpath(wanted)
+        for mount in mounts:
+            if mount.mountpoint in (real, os.path.abspath(wanted)):
+                return mount
+        raise NoDaemon(
+            f"{wanted} is no StageFS mount: {_known(mounts)}, and `stagefs mount {wanted}` makes"
+            " one there."
+        )
+    own = [mount for mount in mounts if uid in (0, mount.uid)]
+    if not own:
+        raise NoDaemon("There is no StageFS mount of yours here: `stagefs mount MNT` makes one.")
+    if len(own) > 1:
+        raise InvalidName(f"Which mount is meant? Say --mount or STAGEFS_MOUNT: {_known(own)}.")
+    return own[0]
+
+
+def _known(mounts: list[FoundMount]) -> str:
+    if not mounts:
+        return "there is none on this machine"
+    verb = "mounts are" if len(mounts) > 1 else "the only mount is"
+    return f"{verb} {', '.join(mount.mountpoint for mount in mounts)}"
+
+
+def control_socket(mountpoint: str) -> Path:
+    """Where the daemon of a mount listens.  Raises NoDaemon."""
+    answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(os.readlink(os.path.join(mountpoint, CONTROL_LINK)))
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    answer: str | OSError = TimeoutError()
+    with contextlib.suppress(queue.Empty):
+        answer = answers.get(timeout=ANSWER_TIMEOUT_S)
+    if isinstance(answer, str):
+        return Path(mountpoint) / ".stagefs" / answer
+    if isinstance(answer, TimeoutError):
+        why = f"does not answer within {ANSWER_TIMEOUT_S:g} s"
+    else:
+        why = f"cannot be asked ({answer.strerror})"
+    raise NoDaemon(
+        f"The mount {mountpoint} {why}: `stagefs umount {mountpoint}` clears it away, or mount"
+        " again."
+    )
+
+
+class Target(msgspec.Struct, frozen=True):
+    """The mount a command is about, and a client of its daemon."""
+
+    mountpoint: str
+    client: Client
+
+    def path(self, text: str) -> str:
+        """What the API calls a name that somebody typed: a ``staging:///`` name, or a path in the
+        mount.  Raises InvalidName.
+        """
+        if text.startswith("staging:"):
+            return text
+        parent, name = os.path.split(os.path.abspath(text))
+        path = os.path.join(os.path.realpath(parent), name)
+        if path == self.mountpoint:
+            return "/"
+        if not path.startswith(f"{self.mountpoint}/"):
+            raise InvalidName(
+                f"{text} is not in the mount {self.mountpoint}: write staging:///name, or a path"
+                " below it."
+            )
+        return path[len(self.mountpoint) :]
+
+
+def target(named: str | None) -> Target:
+    """The mount that is meant.  Raises NoDaemon, InvalidName."""
+    mount = choose_mount(named, staging_mounts(), uid=os.geteuid())
+    return Target(mount.mountpoint, Client(control_socket(mount.mountpoint)))
+
+
+def mount_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--mount",
+        "mountpoint",
+        metavar="MNT",
+        help="The mount meant (else STAGEFS_MOUNT, else the only one).",
+    )(command)
+
+
+def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
