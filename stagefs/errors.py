@@ -191,6 +191,16 @@ class NewerFormat(SetupError):
     """Written by a later StageFS.  Never touched."""
 
 
+class StateFailed(StageFSError):
+    """The state directory's disk is read-only or broken, or its content damaged."""
+
+
+class NoSpace(StageFSError):
+    """The disk of the state or scratch directory is full."""
+
+    errno = errno.ENOSPC
+
+
 class NoDaemon(StageFSError):
     """No daemon answers for the mount that a command was pointed at."""
 

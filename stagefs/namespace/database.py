@@ -1,0 +1,181 @@
+"""The SQLite file: making, checking and opening it, and taking turns in writing.
+
+WAL with synchronous=NORMAL: a commit costs microseconds and survives kill -9; after a power
+loss the last changes may be missing, never half of one.  Checkpoints sync the disk, so they
+are left to ``checkpoint``, on a connection of its own in a worker thread.
+
+Two programs write: the daemon, and an import in a process of its own.  SQLite lets whoever
+asks first go first only by polling, so the daemon holds a lock on a file beside the database
+while it waits or writes, and the import steps back before each of its short transactions.
+"""
+
+import fcntl
+import os
+import sqlite3
+import stat
+from importlib.resources import files
+from pathlib import Path
+
+from stagefs.errors import NewerFormat, NoSpace, StageFSError, StateFailed, UnsuitableState
+
+FORMAT_VERSION = 1
+APPLICATION_ID = int.from_bytes(b"STFS", "big")
+
+BUSY_TIMEOUT_S = 20.0
+_MAGIC = b"SQLite format 3\0"
+_PAGE_CACHE_KIB = 8 << 10
+# A daemon checkpoints long before; this only bounds the log of one that never does.
+_WAL_PAGES_MAX = 1 << 15
+_WAL_KEPT_BYTES = 32 << 20
+_TURN_TRIES = 3
+
+
+def translated(exc: sqlite3.Error, path: Path) -> StageFSError:
+    code = getattr(exc, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
+        return NoSpace(
+            f"The disk of the namespace {path} is full: free space there, "
+            "nothing that was acknowledged is lost."
+        )
+    return StateFailed(
+        f"The namespace {path} cannot be used ({exc}): check its disk, "
+        "then restart the mount or begin with another state directory."
+    )
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open the file, making it when it is absent.
+
+    Raises NewerFormat, UnsuitableState.  A file that is not ours is left as it is.
+    """
+    try:
+        _make_file(path)
+        if path.stat().st_size:
+            _check_header(path)
+        connection = connect(path)
+    except OSError as exc:
+        raise UnsuitableState(
+            f"The namespace {path} cannot be opened ({exc.strerror}): mend its permissions."
+        ) from exc
+    try:
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+            connection.executescript(files(__package__).joinpath("schema.sql").read_text("utf-8"))
+        connection.execute("PRAGMA journal_mode = WAL")
+        _check_content(connection, path)
+    except sqlite3.Error as exc:
+        connection.close()
+        raise _damaged(path, str(exc)) from exc
+    except UnsuitableState:
+        connection.close()
+        raise
+    return connection
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, isolation_level=None, timeout=BUSY_TIMEOUT_S, cached_statements=200
+    )
+    for pragma in (
+        "synchronous = NORMAL",
+        f"cache_size = -{_PAGE_CACHE_KIB}",
+        f"wal_autocheckpoint = {_WAL_PAGES_MAX}",
+        f"journal_size_limit = {_WAL_KEPT_BYTES}",
+        "secure_delete = OFF",
+        "temp_store = MEMORY",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def checkpoint(path: Path) -> bool:
+    """Move the log into the file.  Blocks and syncs; may run beside readers and writers.
+
+    True when all of it was moved.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+        try:
+            busy, logged, moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.Error as exc:
+        raise translated(exc, path) from exc
+    return not busy and logged == moved
+
+
+def _make_file(path: Path) -> None:
+    """SQLite gives its log and index the mode of the file."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        status = os.fstat(fd)
+    finally:
+        os.close(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsuitableState(f"The namespace {path} is not a file: name another state directory.")
+
+
+def _check_header(path: Path) -> None:
+    """Look before SQLite does: opening a file would already recover its log."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if header[:16] != _MAGIC or len(header) < 100:
+        raise _damaged(path, "it is not an SQLite file")
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if application not in (0, APPLICATION_ID) or (version and not application):
+        raise _damaged(path, "it belongs to another program")
+    if version > FORMAT_VERSION:
+        raise NewerFormat(
+            f"The namespace {path} has format {version}, this StageFS knows {FORMAT_VERSION}: "
+            "use the newer StageFS, or another state directory."
+        )
+
+
+def _check_content(connection: sqlite3.Connection, path: Path) -> None:
+    expected = {"nodes", "names", "doomed", "templates", "changes", "operations", "counters"}
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    if missing := expected - {name for (name,) in tables}:
+        raise _damaged(path, f"the table {min(missing)} is missing")
+    fixed = connection.execute("SELECT count(*) FROM nodes WHERE inode <= 4 AND kind = 1")
+    if fixed.fetchone()[0] != 4:
+        raise _damaged(path, "its root is missing")
+
+
+def _damaged(path: Path, why: str) -> UnsuitableState:
+    return UnsuitableState(
+        f"The namespace {path} is damaged or not ours ({why}): "
+        "move it away, or begin with another state directory."
+    )
+
+
+class Turn:
+    """Whose turn it is to write; see the module's docstring.
+
+    The lock only makes waiting short.  Nothing depends on it: SQLite keeps writers apart.
+    """
+
+    def __init__(self, path: Path) -> None:
+        turn = path.with_name(path.name + "-turn")
+        try:
+            self._fd = os.open(turn, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise UnsuitableState(f"{turn} cannot be opened ({exc.strerror}).") from exc
+
+    def take(self) -> None:
+        """Never waits: an import holds the lock for microseconds, or was stopped while it did."""
+        for _ in range(_TURN_TRIES):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            return
+
+    def give(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def step_back(self) -> None:
+        """Wait until nobody else wants to write."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,363 @@
+"""One change of the namespace: the rows it edits while its transaction is open.
+
+An Edit lives inside ``Namespace`` transactions and in the import's; it reads through SQL
+only, so it sees its own work, and collects what must be forgotten in memory once it is
+committed.  Every change gets a sequence number and a row in ``changes``; new names get their
+place in listings from it.
+"""
+
+import json
+import sqlite3
+
+from stagefs.errors import InvalidUrl, NameExists, NotADirectory, NotFound, ReadOnly
+from stagefs.model import Inode
+from stagefs.namespace import overlay
+from stagefs.namespace.node import (
+    Node,
+    NodeKind,
+    StagedObject,
+    decoded_name,
+    encoded_name,
+)
+from stagefs.namespace.overlay import Entry
+from stagefs.namespace.rows import (
+    COUNTED,
+    FOUND,
+    KEPT,
+    SHOWN,
+    WHOLE_ONLY,
+    Rows,
+    SqlValue,
+    fingerprint,
+)
+
+PLACE_BITS = 24
+INODES_MAX = 1 << 40
+# Numbers of operations kept: many times the requests that a kernel can have in flight.
+OPERATIONS_KEPT = 20_000
+_TRIM_EVERY = 1024
+
+_NODE_COLUMNS = (
+    "kind, mode, size_bytes, mtime_ns, ctime_ns, nlink, flags, checked_ns, lower, ttl_s,"
+    " url, version, validator, checksum, target, fingerprint"
+)
+_INSERT_NODE = f"INSERT INTO nodes ({_NODE_COLUMNS}) VALUES ({', '.join('?' * 16)})"  # noqa: S608
+_PUT_NAME = (
+    "INSERT INTO names (parent, name, inode, place, flags) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT (parent, name) DO UPDATE SET inode = excluded.inode, place = excluded.place,"
+    " flags = excluded.flags"
+)
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Edit:
+    """``sequence``: the number of this change.  ``result``: the inode it is about."""
+
+    def __init__(self, connection: sqlite3.Connection, now_ns: int) -> None:
+        self.rows = Rows(connection)
+        self.now_ns = now_ns
+        self.run = connection.execute
+        self.run_many = connection.executemany
+        self.sequence = 1 + (self.rows.one("SELECT max(sequence) FROM changes") or 0)
+        self._places = self.sequence << PLACE_BITS
+        self.result = Inode(0)
+        self.arguments: dict[str, object] = {}
+        self.names_changed: list[tuple[Inode, str]] = []
+        self.nodes_changed: set[Inode] = set()
+        self.emptied: set[Inode] = set()
+        self._shown: list[tuple[Inode, str, Inode]] = []
+
+    def log(self, result: Inode, **arguments: object) -> None:
+        """What this change was, enough to do it again: inodes, names and values."""
+        self.result = result
+        self.arguments = arguments
+
+    def write_log(self, kind: str, operation: int | None) -> None:
+        arguments = {"inode": self.result, **self.arguments}
+        if self._shown:
+            arguments["shown"] = self._shown
+        self.run(
+            "INSERT INTO changes (sequence, kind, time_ns, arguments) VALUES (?, ?, ?, ?)",
+            (self.sequence, kind, self.now_ns, _json(arguments)),
+        )
+        if operation is None:
+            return
+        self.run("INSERT INTO operations VALUES (?, ?, ?)", (operation, self.result, self.sequence))
+        if operation % _TRIM_EVERY == 0 or self.sequence % _TRIM_EVERY == 0:
+            self.run(
+                "DELETE FROM operations WHERE operation < (SELECT operation FROM operations"
+                " ORDER BY operation DESC LIMIT 1 OFFSET ?)",
+                (OPERATIONS_KEPT,),
+            )
+
+    # Finding what is to be changed
+
+    def node(self, inode: Inode) -> Node:
+        node = self.rows.node(inode)
+        if node is None:
+            raise NotFound(f"There is no inode {inode} in the namespace.")
+        return node
+
+    def directory(self, inode: Inode) -> Node:
+        """A directory whose names may be changed.  Raises NotFound, NotADirectory, ReadOnly."""
+        node = self.node(inode)
+        if node.kind is not NodeKind.DIRECTORY:
+            raise NotADirectory(f"{self.rows.path(inode)} is not a directory.")
+        if node.nlink == 0:
+            raise NotFound(f"The directory with inode {inode} was removed.")
+        if node.frozen:
+            raise ReadOnly(
+                f"{self.rows.path(inode)} is a template that sandboxes were made from and cannot "
+                "change: make another template."
+            )
+        return node
+
+    def entry(self, directory: Node, name: bytes) -> Entry | None:
+        """The visible entry; a directory is never another place's (see ``show``)."""
+        entry = overlay.find(self.rows, directory, name)
+        if entry is None or entry.own or entry.node.kind is not NodeKind.DIRECTORY:
+            return entry
+        return self.show(directory, name)
+
+    def existing(self, directory: Node, name: bytes) -> Entry:
+        entry = self.entry(directory, name)
+        if entry is None:
+            raise NotFound(
+                f"There is no {decoded_name(name)!r} in {self.rows.path(directory.inode)}."
+            )
+        return entry
+
+    def free_name(self, directory: Node, name: str) -> bytes:
+        """The encoded name, if nothing has it.  Raises NameExists, InvalidName, NameTooLong."""
+        encoded = encoded_name(name)
+        if self.entry(directory, encoded) is not None:
+            raise NameExists(
+                f"{name!r} exists already in {self.rows.path(directory.inode)}: "
+                "remove it first or take another name."
+            )
+        return encoded
+
+    def show(self, directory: Node, name: bytes) -> Entry | None:
+        """Give a subdirectory of the lower directory its node here; None when it would loop."""
+        entry = overlay.find(self.rows, directory, name)
+        if entry is None or entry.own or entry.node.kind is not NodeKind.DIRECTORY:
+            return entry
+        below = self.node(directory.lower)
+        if below.lower:
+            entry = self.show(below, name)
+            if entry is None:
+                return None
+        if overlay.loops(self.rows, directory.inode, entry.node.inode):
+            return None
+        stale = self.rows.own(directory.inode, name)
+        if stale is not None and stale.node is not None:
+            # Nothing below it is this place's own, so nothing is lost.
+            self.end_directory(stale.node.inode)
+        lower = entry.node
+        counted = directory.counted and lower.frozen
+        inode = self.new_directory(
+            lower.mode,
+            nlink=1,
+            lower=lower.inode,
+            mtime_ns=lower.mtime_ns,
+            flags=COUNTED if counted else 0,
+        )
+        self.put_name(directory.inode, name, inode, place=entry.place, flags=SHOWN)
+        self._shown.append((directory.inode, decoded_name(name), inode))
+        return Entry(self.node(inode), entry.place, own=True, counted=False, flags=SHOWN)
+
+    # Nodes
+
+    def new_directory(
+        self,
+        mode: int,
+        *,
+        nlink: int = 2,
+        lower: int = 0,
+        mtime_ns: int | None = None,
+        url: str | None = None,
+        ttl_s: float = 0.0,
+        flags: int = 0,
+    ) -> Inode:
+        mtime_ns = self.now_ns if mtime_ns is None else mtime_ns
+        return self._insert(
+            NodeKind.DIRECTORY, mode, 0, mtime_ns, self.now_ns, nlink, flags, 0, lower, ttl_s,
+            _storable(url), None, None, None, None, None,
+        )  # fmt: skip
+
+    def new_symlink(self, target: bytes) -> Inode:
+        return self._insert(
+            NodeKind.SYMLINK, 0o777, len(target), self.now_ns, self.now_ns, 0, 0, 0, 0, 0.0,
+            None, None, None, None, target, None,
+        )  # fmt: skip
+
+    def new_file(self, staged: StagedObject) -> Inode:
+        """A file node without a name yet."""
+        url = _storable(staged.url)
+        return self._insert(
+            NodeKind.FILE, staged.mode & 0o7777, staged.size_bytes, staged.mtime_ns, self.now_ns,
+            0, 0 if staged.ranges else WHOLE_ONLY, staged.checked_ns, 0, 0.0,
+            url, _storable(staged.version), _storable(staged.validator),
+            None if staged.checksum is None else str(staged.checksum), None,
+            fingerprint(staged.url, staged.version),
+        )  # fmt: skip
+
+    def _insert(self, *values: SqlValue) -> Inode:
+        inode = self.run(_INSERT_NODE, values).lastrowid
+        assert inode is not None
+        assert inode < INODES_MAX, "inode numbers are used up"
+        return Inode(inode)
+
+    def add_links(self, inode: Inode, count: int) -> None:
+        self.nodes_changed.add(inode)
+        self.run(
+            "UPDATE nodes SET nlink = nlink + ?, ctime_ns = ? WHERE inode = ?",
+            (count, self.now_ns, inode),
+        )
+
+    def set_nlink(self, inode: Inode, nlink: int) -> None:
+        self.nodes_changed.add(inode)
+        self.run("UPDATE nodes SET nlink = ? WHERE inode = ?", (nlink, inode))
+
+    # Names
+
+    def next_place(self) -> int:
+        self._places += 1
+        assert self._places >> PLACE_BITS == self.sequence, "too many names in one change"
+        return self._places
+
+    def put_name(self, parent: Inode, name: bytes, inode: int, *, place: int, flags: int) -> None:
+        self.run(_PUT_NAME, (parent, name, inode, place, flags))
+        self.names_changed.append((parent, decoded_name(name)))
+
+    def drop_name(self, parent: Inode, name: bytes) -> None:
+        self.run("DELETE FROM names WHERE parent = ? AND name = ?", (parent, name))
+        self.names_changed.append((parent, decoded_name(name)))
+
+    def attach(
+        self,
+        directory: Node,
+        name: bytes,
+        node: Node,
+        *,
+        place: int | None = None,
+        flags: int = 0,
+    ) -> None:
+        """Give a node a name that nothing visible has.  Counts the link."""
+        self.keep(directory.inode)
+        place = self.next_place() if place is None else place
+        flags |= self._hidden_flags(directory, name)
+        self.put_name(directory.inode, name, node.inode, place=place, flags=flags)
+        is_directory = node.kind is NodeKind.DIRECTORY
+        if not is_directory:
+            self.add_links(node.inode, 1)
+        self._changed(directory, subdirectories=1 if is_directory else 0)
+
+    def attach_new(
+        self, directory: Node, name: bytes, inode: Inode, kind: NodeKind, *, flags: int = 0
+    ) -> None:
+        """As ``attach`` for a node just made.  Its ``nlink`` is set by this for files."""
+        self.keep(directory.inode)
+        flags |= self._hidden_flags(directory, name)
+        self.put_name(directory.inode, name, inode, place=self.next_place(), flags=flags)
+        if kind is not NodeKind.DIRECTORY:
+            self.add_links(inode, 1)
+        self._changed(directory, subdirectories=1 if kind is NodeKind.DIRECTORY else 0)
+
+    def _hidden_flags(self, directory: Node, name: bytes) -> int:
+        """A name of our own at a bound directory, in place of one the remote has."""
+        if directory.bind_url is None or self.rows.own(directory.inode, name) is None:
+            return 0
+        return FOUND | KEPT
+
+    def detach(self, directory: Node, name: bytes, entry: Entry) -> None:
+        """Take a name away from this place.  Uncounts the link of a file; a directory's node is
+        left to the caller."""
+        self.keep(directory.inode)
+        self._hide(directory, name, entry)
+        is_directory = entry.node.kind is NodeKind.DIRECTORY
+        if not is_directory and (entry.own or entry.counted):
+            self.add_links(entry.node.inode, -1)
+        self._changed(directory, subdirectories=-1 if is_directory else 0)
+
+    def _hide(self, directory: Node, name: bytes, entry: Entry) -> None:
+        """Remove the row, or leave one that hides what the lower directory or the remote has."""
+        if entry.own and not entry.flags & (SHOWN | FOUND):
+            self.drop_name(directory.inode, name)
+            if overlay.find(self.rows, directory, name) is None:
+                return
+        self.put_name(directory.inode, name, 0, place=entry.place, flags=0)
+
+    def repoint(
+        self, directory: Node, name: bytes, entry: Entry, node: Node, flags: int, *, touch: bool
+    ) -> None:
+        """The name leads to another node from now on, at the same place in listings."""
+        if entry.node.kind is not NodeKind.DIRECTORY and (entry.own or entry.counted):
+            self.add_links(entry.node.inode, -1)
+        self.put_name(directory.inode, name, node.inode, place=entry.place, flags=flags)
+        if node.kind is not NodeKind.DIRECTORY:
+            self.add_links(node.inode, 1)
+        if touch:
+            before = entry.node.kind is NodeKind.DIRECTORY
+            after = node.kind is NodeKind.DIRECTORY
+            self._changed(directory, subdirectories=after - before)
+
+    def touch_ctime(self, inode: Inode) -> None:
+        self.nodes_changed.add(inode)
+        self.run("UPDATE nodes SET ctime_ns = ? WHERE inode = ?", (self.now_ns, inode))
+
+    def end_directory(self, inode: Inode) -> None:
+        """A directory lost its name.  The rows in it are left to ``removal.purge``."""
+        self.set_nlink(inode, 0)
+        if self.rows.has_names(inode) or self.rows.lower(inode):
+            self.run("INSERT OR IGNORE INTO doomed VALUES (?)", (inode,))
+
+    def _changed(self, directory: Node, *, subdirectories: int) -> None:
+        if subdirectories:
+            self.add_subdirectories(directory, subdirectories)
+        self.touch(directory.inode)
+
+    def touch(self, directory: Inode) -> None:
+        self.nodes_changed.add(directory)
+        self.run(
+            "UPDATE nodes SET mtime_ns = ?, ctime_ns = ? WHERE inode = ?",
+            (self.now_ns, self.now_ns, directory),
+        )
+
+    def add_subdirectories(self, directory: Node, count: int) -> None:
+        # Directories that show another one do not count their subdirectories.
+        if directory.lower:
+            return
+        self.nodes_changed.add(directory.inode)
+        self.run(
+            "UPDATE nodes SET nlink = nlink + ? WHERE inode = ? AND nlink > 0",
+            (count, directory.inode),
+        )
+
+    def keep(self, directory: Inode) -> None:
+        """Something of this place's own happens in ``directory``: mark the names that lead there.
+
+        The names above a kept one, or above one that was made here, are marked already.
+        """
+        while True:
+            above = self.rows.name_of(directory)
+            if above is None or not above[3] & (SHOWN | FOUND) or above[3] & KEPT:
+                return
+            parent, name, _place, flags = above
+            self.run(
+                "UPDATE names SET flags = ? WHERE parent = ? AND name = ?",
+                (flags | KEPT, parent, name),
+            )
+            directory = parent
+
+
+def _storable(text: str | None) -> str | None:
+    """URLs and versions are text; bytes that are none would be refused by the database."""
+    if text is not None and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidUrl(
+                f"{text[:80]!r} holds bytes that are not text: percent-encode them."
+            ) from exc
+    return text

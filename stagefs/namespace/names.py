@@ -1,0 +1,207 @@
+"""Changes of names: make, link, rename, remove.  Each function edits one open transaction.
+
+What every POSIX program expects of a directory, in plain, bound and overlay directories alike.
+Directories that are linked or moved never come to lie below themselves.
+"""
+
+from stagefs.errors import (
+    Busy,
+    InvalidName,
+    IsADirectory,
+    NameExists,
+    NotADirectory,
+    NotEmpty,
+    NotFound,
+    NotPermitted,
+)
+from stagefs.model import Inode
+from stagefs.namespace import overlay
+from stagefs.namespace.edit import Edit
+from stagefs.namespace.node import FIXED_INODES, Node, NodeKind, RenameFlags, encoded_name
+from stagefs.namespace.overlay import Entry
+from stagefs.namespace.removal import end_directory
+from stagefs.namespace.rows import FOUND, KEPT
+
+
+def make_directory(edit: Edit, parent: Inode, name: str, mode: int) -> Inode:
+    directory = edit.directory(parent)
+    encoded = edit.free_name(directory, name)
+    inode = edit.new_directory(mode & 0o7777)
+    edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
+    edit.log(inode, parent=parent, name=name, mode=mode)
+    return inode
+
+
+def make_symlink(edit: Edit, parent: Inode, name: str, target: str) -> Inode:
+    directory = edit.directory(parent)
+    encoded = edit.free_name(directory, name)
+    encoded_target = target.encode("utf-8", "surrogateescape")
+    if not encoded_target or len(encoded_target) > 4095 or b"\0" in encoded_target:
+        raise InvalidName(f"The symbolic link {name!r} needs a target of 1 to 4095 bytes.")
+    inode = edit.new_symlink(encoded_target)
+    edit.attach_new(directory, encoded, inode, NodeKind.SYMLINK)
+    edit.log(inode, parent=parent, name=name, target=target)
+    return inode
+
+
+def link(edit: Edit, inode: Inode, parent: Inode, name: str) -> Inode:
+    node = edit.node(inode)
+    if node.kind is NodeKind.DIRECTORY:
+        raise NotPermitted(
+            f"{edit.rows.path(inode)} is a directory: link it with a URL, "
+            f"as in ln -s staging:///dir {name}."
+        )
+    if node.nlink == 0:
+        raise NotFound(f"The file with inode {inode} was removed.")
+    directory = edit.directory(parent)
+    encoded = edit.free_name(directory, name)
+    edit.attach(directory, encoded, node)
+    edit.log(inode, parent=parent, name=name)
+    return inode
+
+
+def link_directory(edit: Edit, target: Inode, parent: Inode, name: str) -> Inode:
+    shown = edit.node(target)
+    if shown.kind is not NodeKind.DIRECTORY:
+        raise NotADirectory(f"{edit.rows.path(target)} is not a directory.")
+    if shown.nlink == 0:
+        raise NotFound(f"The directory with inode {target} was removed.")
+    directory = edit.directory(parent)
+    encoded = edit.free_name(directory, name)
+    if overlay.loops(edit.rows, parent, target):
+        raise InvalidName(
+            f"{edit.rows.path(target)} cannot be linked into {edit.rows.path(parent)}: "
+            "a directory is never shown below itself."
+        )
+    inode = edit.new_directory(shown.mode, nlink=1, lower=target, mtime_ns=shown.mtime_ns)
+    edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
+    edit.log(inode, parent=parent, name=name, lower=target)
+    return inode
+
+
+def remove(edit: Edit, parent: Inode, name: str) -> Inode:
+    directory = edit.directory(parent)
+    encoded = encoded_name(name)
+    entry = edit.existing(directory, encoded)
+    if entry.node.kind is NodeKind.DIRECTORY:
+        raise IsADirectory(f"{name!r} in {edit.rows.path(parent)} is a directory.")
+    edit.detach(directory, encoded, entry)
+    edit.log(entry.node.inode, parent=parent, name=name)
+    return entry.node.inode
+
+
+def remove_directory(edit: Edit, parent: Inode, name: str) -> Inode:
+    directory = edit.directory(parent)
+    encoded = encoded_name(name)
+    entry = edit.existing(directory, encoded)
+    _refuse_fixed(edit, entry.node)
+    _empty_directory(edit, entry.node)
+    edit.detach(directory, encoded, entry)
+    end_directory(edit, entry.node)
+    edit.log(entry.node.inode, parent=parent, name=name)
+    return entry.node.inode
+
+
+def _empty_directory(edit: Edit, node: Node) -> None:
+    if node.kind is not NodeKind.DIRECTORY:
+        raise NotADirectory(f"{edit.rows.path(node.inode)} is not a directory.")
+    if not overlay.is_empty(edit.rows, node):
+        raise NotEmpty(f"The directory {edit.rows.path(node.inode)} is not empty.")
+
+
+def _refuse_fixed(edit: Edit, node: Node) -> None:
+    if node.inode in FIXED_INODES:
+        raise Busy(f"{edit.rows.path(node.inode)} is part of every mount and stays where it is.")
+
+
+def rename(
+    edit: Edit, parent: Inode, name: str, new_parent: Inode, new_name: str, flags: int
+) -> Inode:
+    if flags & ~3 or flags == 3:
+        raise InvalidName(f"{name!r} cannot be renamed with flags {flags:#x}.")
+    source_directory = edit.directory(parent)
+    target_directory = edit.directory(new_parent)
+    source_name, target_name = encoded_name(name), encoded_name(new_name)
+    source = edit.existing(source_directory, source_name)
+    target = edit.entry(target_directory, target_name)
+    _refuse_fixed(edit, source.node)
+    _refuse_below_itself(edit, source.node, new_parent)
+    if flags & RenameFlags.EXCHANGE:
+        if target is None:
+            raise NotFound(f"There is no {new_name!r} in {edit.rows.path(new_parent)}.")
+        _refuse_fixed(edit, target.node)
+        _refuse_below_itself(edit, target.node, parent)
+        _exchange(edit, (source_directory, source_name, source), target_directory, target_name)
+    elif target is not None and flags & RenameFlags.NOREPLACE:
+        raise NameExists(f"{new_name!r} exists already in {edit.rows.path(new_parent)}.")
+    elif target is None or target.node.inode != source.node.inode:
+        if target is not None:
+            _refuse_fixed(edit, target.node)
+            _replaceable(edit, source.node, target.node)
+        edit.detach(source_directory, source_name, source)
+        if target is not None:
+            edit.detach(target_directory, target_name, target)
+            if target.node.kind is NodeKind.DIRECTORY:
+                end_directory(edit, target.node)
+        edit.attach(
+            target_directory,
+            target_name,
+            source.node,
+            place=None if target is None else target.place,
+        )
+        edit.touch_ctime(source.node.inode)
+    # Two names of one file: rename(2) leaves both.
+    edit.log(
+        source.node.inode,
+        parent=parent,
+        name=name,
+        new_parent=new_parent,
+        new_name=new_name,
+        flags=int(flags),
+    )
+    return source.node.inode
+
+
+def _replaceable(edit: Edit, source: Node, target: Node) -> None:
+    if target.kind is not NodeKind.DIRECTORY:
+        if source.kind is NodeKind.DIRECTORY:
+            raise NotADirectory(f"{edit.rows.path(target.inode)} is not a directory.")
+    elif source.kind is not NodeKind.DIRECTORY:
+        raise IsADirectory(f"{edit.rows.path(target.inode)} is a directory.")
+    else:
+        _empty_directory(edit, target)
+
+
+def _refuse_below_itself(edit: Edit, node: Node, new_parent: Inode) -> None:
+    if node.kind is NodeKind.DIRECTORY and node.inode in edit.rows.ancestors(new_parent):
+        raise InvalidName(f"The directory {edit.rows.path(node.inode)} cannot move into itself.")
+
+
+def _exchange(
+    edit: Edit, source_place: tuple[Node, bytes, Entry], directory: Node, name: bytes
+) -> None:
+    source_directory, source_name, source = source_place
+    target = edit.existing(directory, name)
+    edit.keep(source_directory.inode)
+    edit.keep(directory.inode)
+    # A name that the remote has too stays known as such: removing it must hide it there.
+    for parent, at, before, node in (
+        (source_directory, source_name, source, target.node),
+        (directory, name, target, source.node),
+    ):
+        flags = FOUND | KEPT if before.flags & FOUND else 0
+        edit.repoint(parent, at, before, node, flags, touch=True)
+    edit.touch_ctime(source.node.inode)
+    edit.touch_ctime(target.node.inode)
+
+
+def set_attributes(edit: Edit, inode: Inode, mode: int | None, mtime_ns: int | None) -> Inode:
+    edit.node(inode)
+    if mode is not None:
+        edit.run("UPDATE nodes SET mode = ? WHERE inode = ?", (mode & 0o7777, inode))
+    if mtime_ns is not None:
+        edit.run("UPDATE nodes SET mtime_ns = ? WHERE inode = ?", (mtime_ns, inode))
+    edit.run("UPDATE nodes SET ctime_ns = ? WHERE inode = ?", (edit.now_ns, inode))
+    edit.nodes_changed.add(inode)
+    edit.log(inode, mode=mode, mtime_ns=mtime_ns)
+    return inode

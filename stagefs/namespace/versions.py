@@ -1,0 +1,178 @@
+"""Changes of what names lead to: registering objects, and newer versions of them.
+
+A node is one version of one object for ever.  A newer version is another node; names move
+over to it: at once when somebody replaces a name, or inside ``staging/`` when the remote
+changed; elsewhere when the name is next looked up (``successor``, ``rebind``), so that a
+change costs nothing for links that nobody uses.
+"""
+
+from collections.abc import Sequence
+
+from stagefs.errors import InvalidName, IsADirectory
+from stagefs.model import Inode
+from stagefs.namespace.edit import Edit
+from stagefs.namespace.node import (
+    STAGING_INODE,
+    Node,
+    NodeKind,
+    StagedObject,
+    encoded_name,
+)
+from stagefs.namespace.overlay import Entry
+from stagefs.namespace.rows import FOUND, KEPT, Rows, fingerprint
+
+_VERSIONS_MAX = 10_000
+
+
+def register(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode:
+    inode = _register(edit, parent, name, staged)
+    edit.log(inode, parent=parent, name=name, **logged(staged))
+    return inode
+
+
+def register_many(edit: Edit, wanted: Sequence[tuple[Inode, str, StagedObject]]) -> list[Inode]:
+    inodes = [_register(edit, parent, name, staged) for parent, name, staged in wanted]
+    entries = [
+        {"inode": inode, "parent": parent, "name": name, **logged(staged)}
+        for inode, (parent, name, staged) in zip(inodes, wanted, strict=True)
+    ]
+    edit.log(Inode(0), entries=entries)
+    return inodes
+
+
+def _register(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode:
+    directory = edit.directory(parent)
+    encoded = edit.free_name(directory, name)
+    inode = edit.new_file(staged)
+    edit.attach_new(directory, encoded, inode, NodeKind.FILE)
+    return inode
+
+
+def logged(staged: StagedObject) -> dict[str, str | int | bool | None]:
+    return {
+        "url": staged.url,
+        "version": staged.version,
+        "size_bytes": staged.size_bytes,
+        "mtime_ns": staged.mtime_ns,
+        "mode": staged.mode,
+        "validator": staged.validator,
+        "checksum": None if staged.checksum is None else str(staged.checksum),
+        "ranges": staged.ranges,
+    }
+
+
+def replace(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode:
+    """The name leads to a new version; other links of the old one keep it."""
+    directory = edit.directory(parent)
+    encoded = encoded_name(name)
+    entry = edit.existing(directory, encoded)
+    if entry.node.kind is NodeKind.DIRECTORY:
+        raise IsADirectory(f"{name!r} in {edit.rows.path(parent)} is a directory.")
+    inode = edit.new_file(staged)
+    flags = FOUND | KEPT if entry.flags & FOUND else 0
+    edit.keep(parent)
+    edit.repoint(directory, encoded, entry, edit.node(inode), flags, touch=True)
+    edit.log(inode, parent=parent, name=name, **logged(staged))
+    return inode
+
+
+def supersede(edit: Edit, inode: Inode, staged: StagedObject) -> Inode:
+    """The remote has another version now."""
+    old = newest(edit.rows, edit.node(inode))
+    if old.kind is not NodeKind.FILE:
+        raise InvalidName(f"{edit.rows.path(inode)} is not a file: it has no versions.")
+    if old.inode != inode and old.object_id == staged.object_id:
+        edit.log(old.inode, old=inode, again=True)
+        return old.inode
+    new = edit.node(edit.new_file(staged))
+    edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (new.inode, old.inode))
+    edit.nodes_changed.add(old.inode)
+    for parent, name in edit.rows.names_of(old.inode):
+        if STAGING_INODE in edit.rows.ancestors(parent):
+            directory = edit.node(parent)
+            own = edit.rows.own(parent, name)
+            assert own is not None
+            entry = Entry(old, own.place, own=True, counted=False, flags=own.flags)
+            _move(edit, directory, name, entry, new)
+    edit.log(new.inode, old=old.inode, **logged(staged))
+    return new.inode
+
+
+def rebind(edit: Edit, parent: Inode, name: str, inode: Inode) -> Inode:
+    """One name moves over to (the newest successor of) ``inode``."""
+    directory = edit.node(parent)
+    encoded = encoded_name(name)
+    entry = edit.existing(directory, encoded)
+    new = newest(edit.rows, edit.node(inode))
+    if NodeKind.DIRECTORY in (entry.node.kind, new.kind):
+        raise IsADirectory(f"{name!r} in {edit.rows.path(parent)}: directories have no versions.")
+    if entry.node.inode != new.inode:
+        _move(edit, directory, encoded, entry, new)
+    edit.log(new.inode, parent=parent, name=name)
+    return new.inode
+
+
+def newest(rows: Rows, node: Node) -> Node:
+    for _ in range(_VERSIONS_MAX):
+        following = rows.node(node.successor) if node.successor else None
+        if following is None:
+            break
+        node = following
+    return node
+
+
+def _move(edit: Edit, directory: Node, name: bytes, entry: Entry, new: Node) -> None:
+    edit.repoint(directory, name, entry, new, entry.flags if entry.own else 0, touch=False)
+    if directory.frozen:
+        shown = _sandboxes_showing(edit.rows, directory.inode, name)
+        edit.add_links(entry.node.inode, -shown)
+        edit.add_links(new.inode, shown)
+
+
+def _sandboxes_showing(rows: Rows, template: Inode, name: bytes) -> int:
+    """In how many sandboxes a name of a template directory is seen."""
+    shown_in, not_yet = _sandboxes(rows, template)
+    return not_yet + sum(rows.own(overlay, name) is None for overlay in shown_in)
+
+
+def _sandboxes(rows: Rows, template: Inode) -> tuple[list[Inode], int]:
+    """The directories that show a template directory, and how many will once they are seen."""
+    shown_in = rows.column(
+        "SELECT inode FROM nodes WHERE lower = ? AND lower > 0 AND nlink > 0", template
+    )
+    shown_in = [inode for inode in shown_in if (node := rows.node(inode)) and node.counted]
+    above = rows.name_of(template)
+    above_node = None if above is None else rows.node(above[0])
+    if above is None or above_node is None or not above_node.frozen:
+        return shown_in, 0
+    parents, not_yet = _sandboxes(rows, above[0])
+    return shown_in, not_yet + sum(rows.own(parent, above[1]) is None for parent in parents)
+
+
+def set_validator(
+    edit: Edit, inode: Inode, validator: str, *, checked_ns: int, ranges: bool | None
+) -> None:
+    """First contact: what the remote says of the version that was registered."""
+    edit.node(inode)
+    edit.run(
+        "UPDATE nodes SET validator = ?, checked_ns = ?,"
+        " flags = CASE ? WHEN 1 THEN flags & ~1 WHEN 0 THEN flags | 1 ELSE flags END"
+        " WHERE inode = ?",
+        (validator, checked_ns, None if ranges is None else int(ranges), inode),
+    )
+    edit.nodes_changed.add(inode)
+    edit.log(inode, validator=validator, ranges=ranges)
+
+
+def find_object(rows: Rows, url: str, version: str) -> Node | None:
+    """The oldest node of an object that still has a name."""
+    for inode in rows.column(
+        "SELECT inode FROM nodes WHERE fingerprint = ? AND nlink > 0 ORDER BY inode",
+        fingerprint(url, version),
+    ):
+        node = rows.node(inode)
+        if node is not None and node.object_id is not None and not node.successor:
+            found = node.object_id
+            if found.url == url and found.version == version:
+                return node
+    return None
