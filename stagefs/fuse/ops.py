@@ -13,14 +13,16 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import xxhash
 
 from stagefs.errors import StageFSError
 from stagefs.fuse.attrs import Encoder
+from stagefs.fuse.operations_log import SharedMemory
+from stagefs.fuse.session import DeviceOperations, Handoff
 from stagefs.model import Handle, Inode
 from stagefs.namespace.node import Node, NodeKind
 from stagefs.vfs.vfs import FileSystemSize, Vfs
@@ -41,25 +43,11 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class OperationNotes(Protocol):
-    """Exactly-once for requests that a dead daemon may have carried out already."""
-
-    def begin(self, thread: int, digest: int) -> int:
-        """Note that ``thread`` begins an operation; returns its number."""
-        ...
-
-    def resent(self, thread: int, digest: int) -> int | None:
-        """The number that a dead daemon gave to this very request, when it was sent again."""
-        ...
-
-
 def _answers(
-    method: Callable[Concatenate["StageFSOperations", _P], Awaitable[_T]],
-) -> Callable[Concatenate["StageFSOperations", _P], Awaitable[_T]]:
+    method: Callable[Concatenate["StageFSOperations", _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate["StageFSOperations", _P], Coroutine[Any, Any, _T]]:
     @functools.wraps(method)
-    async def answered(
-        self: "StageFSOperations", /, *args: _P.args, **kwargs: _P.kwargs
-    ) -> _T:
+    async def answered(self: "StageFSOperations", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return await method(self, *args, **kwargs)
         except StageFSError as error:
@@ -76,34 +64,42 @@ def _answers(
     return answered
 
 
-class StageFSOperations(pyfuse3.Operations):
-    """``unexpected`` counts answers of EIO that were defects of ours."""
+def _changes_names(
+    method: Callable[Concatenate["StageFSOperations", _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate["StageFSOperations", _P], Coroutine[Any, Any, _T]]:
+    """Drops the operation's note once it is answered.  The last argument is the context."""
 
-    supports_dot_lookup = False
-    enable_writeback_cache = False
-    enable_acl = False
+    @functools.wraps(method)
+    async def finished(self: "StageFSOperations", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await method(self, *args, **kwargs)
+        finally:
+            self.finish_operation(args[-1])
+
+    return finished
+
+
+class StageFSOperations(DeviceOperations):
+    """``unexpected`` counts answers of EIO that were defects of ours."""
 
     def __init__(
         self,
+        handoff: Handoff,
         *,
         vfs: Vfs,
         encoder: Encoder,
-        notes: OperationNotes,
+        memory: SharedMemory,
         size: Callable[[], FileSystemSize],
-        started: Callable[[], None],
     ) -> None:
-        super().__init__()
+        super().__init__(handoff)
         self._vfs = vfs
         self._open_objects = vfs.open_objects
         self._encode = encoder.attributes
-        self._notes = notes
+        self._notes = memory.notes
+        self._count_answer = memory.count_answer
         self._size = size
-        self._started = started
         self._listings: dict[int, Listing] = {}
         self.unexpected = 0
-
-    def init(self) -> None:
-        self._started()
 
     # Names
 
@@ -112,6 +108,7 @@ class StageFSOperations(pyfuse3.Operations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         parent = Inode(parent_inode)
+        self._count_answer()
         node = await self._vfs.lookup(parent, os.fsdecode(name))
         return self._encode(node, self._vfs.name_timeout_s(parent))
 
@@ -170,9 +167,7 @@ class StageFSOperations(pyfuse3.Operations):
         changes = self._vfs.changes
         if listing is not None and listing.changes == changes:
             position = listing.positions.get(after)
-            if position is not None and (
-                position < len(listing.entries) or listing.last
-            ):
+            if position is not None and (position < len(listing.entries) or listing.last):
                 return listing.entries, position
         entries = self._vfs.page(inode, after, LISTED_AT_ONCE)
         if len(self._listings) >= 64:
@@ -190,6 +185,7 @@ class StageFSOperations(pyfuse3.Operations):
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
+        self._count_answer()
         handle = await self._vfs.open(Inode(inode), flags)
         virtual = handle not in self._open_objects
         return pyfuse3.FileInfo(
@@ -215,15 +211,21 @@ class StageFSOperations(pyfuse3.Operations):
 
     # Changing names
 
+    def finish_operation(self, ctx: object) -> None:
+        assert isinstance(ctx, pyfuse3.RequestContext)
+        self._notes.finish(ctx.pid)
+
     def _operation(self, ctx: pyfuse3.RequestContext, *what: object) -> tuple[int, Node | None]:
         """(number, result): the result is there when an earlier daemon carried this request out."""
-        digest = xxhash.xxh3_64_intdigest(repr(what).encode("utf-8", "surrogateescape"))
+        digest = xxhash.xxh3_128_digest(repr(what).encode("utf-8", "surrogateescape"))
+        self._count_answer()
         earlier = self._notes.resent(ctx.pid, digest)
-        if earlier is not None:
-            return earlier, self._vfs.applied(earlier)
-        return self._notes.begin(ctx.pid, digest), None
+        made = self._vfs.applied(earlier) if earlier is not None else None
+        number = self._notes.begin(ctx.pid, digest) if earlier is None else earlier
+        return number, made
 
     @_answers
+    @_changes_names
     async def mkdir(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -237,6 +239,7 @@ class StageFSOperations(pyfuse3.Operations):
         return self._encode(node)
 
     @_answers
+    @_changes_names
     async def symlink(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -267,6 +270,7 @@ class StageFSOperations(pyfuse3.Operations):
         return entry
 
     @_answers
+    @_changes_names
     async def link(
         self,
         inode: pyfuse3.InodeT,
@@ -280,6 +284,7 @@ class StageFSOperations(pyfuse3.Operations):
         return self._encode(node, self._vfs.name_timeout_s(parent))
 
     @_answers
+    @_changes_names
     async def rename(
         self,
         parent_inode_old: pyfuse3.InodeT,
@@ -296,6 +301,7 @@ class StageFSOperations(pyfuse3.Operations):
             self._vfs.rename(old, old_name, new, new_name, flags, number)
 
     @_answers
+    @_changes_names
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
@@ -305,6 +311,7 @@ class StageFSOperations(pyfuse3.Operations):
             self._vfs.unlink(parent, text, number)
 
     @_answers
+    @_changes_names
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from stagefs.errors import ObjectChanged, StageFSError
-from stagefs.model import MIB, Checksum, ChunkIndex, Inode, ObjectId, Span
+from stagefs.model import MIB, Checksum, Inode, ObjectId, Span
 from stagefs.objects.readahead import ReadAhead
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
@@ -44,8 +44,8 @@ class ReadableEntry(Protocol):
     def chunk_bytes(self) -> int: ...
     @property
     def chunk_shift(self) -> int: ...
-    def commit(self, first: ChunkIndex, count: int) -> None: ...
-    def verify(self, chunk: ChunkIndex) -> bool: ...
+    def commit(self, first_chunk: int, count: int = 1) -> None: ...
+    def verify(self, chunk: int, count: int = 1) -> bool: ...
 
 
 class Failure:
@@ -64,7 +64,7 @@ class Content:
     __slots__ = (
         "changed", "checksum", "checksum_proved", "entry", "failures", "flight_count", "flights",
         "holds", "inode", "object_id", "preadv_flags", "ranges", "serving", "shared",
-        "size_bytes", "url", "validator", "waiting",
+        "size_bytes", "to_verify", "url", "validator", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +94,8 @@ class Content:
         self.waiting: dict[int, trio.Event] = {}
         self.failures: dict[int, Failure] = {}
         self.shared: dict[str, Shared] = {}
+        # What an earlier daemon left and is being checked, in order.
+        self.to_verify = range(0)
         self.changed: ObjectChanged | None = None
 
     @property
@@ -107,7 +109,7 @@ class Content:
             return range(0)
         return range(span.start >> entry.chunk_shift, ((span.stop - 1) >> entry.chunk_shift) + 1)
 
-    def first_unreadable(self, span: Span) -> ChunkIndex | None:
+    def first_unreadable(self, span: Span) -> int | None:
         """The first chunk of ``span`` that is not VERIFIED."""
         entry = self.entry
         assert entry is not None
@@ -117,7 +119,7 @@ class Content:
             return None
         for chunk in chunks:
             if state[chunk] != VERIFIED:
-                return ChunkIndex(chunk)
+                return chunk
         return None
 
     def complete(self) -> bool:
@@ -135,7 +137,7 @@ class Content:
         for event in waiting.values():
             event.set()
 
-    async def wait(self, chunk: ChunkIndex) -> None:
+    async def wait(self, chunk: int) -> None:
         event = self.waiting.get(chunk)
         if event is None:
             event = self.waiting[chunk] = trio.Event()
@@ -197,7 +199,7 @@ class Flight:
         if count <= 0:
             return
         first = self._next_chunk
-        self._entry.commit(ChunkIndex(first), count)
+        self._entry.commit(first, count)
         self._next_chunk = whole
         flights = self._content.flights
         for chunk in range(first, whole):
@@ -217,7 +219,6 @@ class Counters:
     def __init__(self) -> None:
         for name in self.__slots__:
             setattr(self, name, 0)
-
 
     fetched_bytes: int
     fetches: int
@@ -270,8 +271,7 @@ class OpenObject:
         if entry is None:
             return None
         stop = offset + size
-        if stop > content.size_bytes:
-            stop = content.size_bytes
+        stop = min(stop, content.size_bytes)
         length = stop - offset
         if length <= 0:
             return _EMPTY

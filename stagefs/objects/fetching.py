@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import trio
 
+from stagefs.config import ReadSettings
 from stagefs.errors import (
     CacheFailed,
     ObjectChanged,
@@ -25,10 +26,9 @@ from stagefs.objects.content import (
     Failure,
     Flight,
 )
+from stagefs.objects.contents import Contents
 from stagefs.objects.recent import RecentErrors
 from stagefs.objects.room import Room
-from stagefs.config import ReadSettings
-from stagefs.objects.volatile import VolatileBudget, VolatileEntry
 from stagefs.remote.base import Remote
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Fetcher:
         nursery: trio.Nursery,
         remote_for: Callable[[str], Remote],
         room: Room,
-        volatile: VolatileBudget,
+        contents: Contents,
         errors: RecentErrors,
         counters: Counters,
         settings: ReadSettings,
@@ -57,7 +57,7 @@ class Fetcher:
         self._nursery = nursery
         self._remote_for = remote_for
         self._room = room
-        self._volatile = volatile
+        self._contents = contents
         self._errors = errors
         self._counters = counters
         self._settings = settings
@@ -107,9 +107,12 @@ class Fetcher:
     def _plan_whole(self, content: Content) -> None:
         entry = content.entry
         assert entry is not None
-        chunks = range(len(entry.state))
-        if content.flight_count == 0 and 0 not in content.failures:
-            self._start(content, chunks)
+        failure = content.failures.get(0)
+        if failure is not None and trio.current_time() >= failure.until:
+            content.failures.clear()
+            failure = None
+        if content.flight_count == 0 and failure is None:
+            self._start(content, range(len(entry.state)))
 
     def _start(self, content: Content, chunks: range) -> None:
         entry = content.entry
@@ -136,7 +139,7 @@ class Fetcher:
             )
         except StageFSError as failure:
             error = failure
-        except Exception as failure:  # noqa: BLE001 - a defect of ours costs this fetch, not the mount
+        except Exception as failure:
             self._counters.unexpected += 1
             log.exception("fetch of %s failed unexpectedly", content.url)
             error = RemoteError(f"fetching {content.url} failed unexpectedly ({failure!r})")
@@ -159,7 +162,8 @@ class Fetcher:
             self._ranges_refused(content.inode)
             return
         if isinstance(error, CacheFailed):
-            self.to_memory(content, error)
+            self._errors.note(content.object_id.key, error)
+            self._contents.serve_from_memory(content, error)
             return
         self._counters.failed_fetches += 1
         self._errors.note(content.object_id.key, error)
@@ -172,25 +176,6 @@ class Fetcher:
         until = trio.current_time() + self._settings.failure_hold_s
         for chunk in chunks:
             content.failures[chunk] = Failure(error, until)
-
-    def to_memory(self, content: Content, error: CacheFailed) -> None:
-        """The cache disk cannot take this object: hold what is read of it in memory instead."""
-        if isinstance(content.entry, VolatileEntry):
-            return
-        log.warning("reading %s without the cache: %s", content.url, error)
-        self._errors.note(content.object_id.key, error)
-        self._counters.volatile_objects += 1
-        content.entry = VolatileEntry(
-            content.object_id,
-            size_bytes=content.size_bytes,
-            validator=content.validator or "",
-            budget=self._volatile,
-        )
-        content.preadv_flags = 0
-        content.serving = content.entry if content.checksum_proved else None
-        content.flights.clear()
-        content.failures.clear()
-        content.wake_all()
 
     # Failures that readers meet
 

@@ -31,7 +31,7 @@ def mismatch(url: str, declared: Checksum, found: str) -> ChecksumMismatch:
 
 
 def digest_of_file(fd: int, *, base: int, size_bytes: int, kind: ChecksumKind) -> str:
-    """Hex digest of ``size_bytes`` bytes of ``fd`` from ``base``.  Blocking; short files hash short."""
+    """Hex digest of ``size_bytes`` bytes of ``fd`` from ``base``, fewer if it ends.  Blocking."""
     state = hasher(kind)
     done = 0
     while done < size_bytes:

@@ -1,4 +1,4 @@
-"""The last error of each object, for its extended attribute and for ``status``: bounded, in memory."""
+"""The last error of each object, for its attribute and for ``status``: bounded, in memory."""
 
 import collections
 import time

@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 import trio
 
+from stagefs.cache.entry import Entry
+from stagefs.cache.packed import SmallObject
 from stagefs.cache.store import Cache
+from stagefs.config import ReadSettings
 from stagefs.errors import CacheFailed, ObjectChanged, RemoteError, StageFSError
 from stagefs.model import WholeObject
 from stagefs.objects.content import Content, Counters, Shared
 from stagefs.objects.proving import digest_of_bytes, mismatch
-from stagefs.config import ReadSettings
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, Remote
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,16 @@ class Wanted(msgspec.Struct, frozen=True, eq=False):
     content: Content
     url: str
     validator: str | None
+
+
+def _small_object(content: Content, whole: WholeObject) -> SmallObject:
+    return SmallObject(
+        object_id=content.object_id,
+        data=whole.data,
+        validator=whole.info.validator,
+        mtime_ns=whole.info.mtime_ns,
+        checksum=content.checksum,
+    )
 
 
 class Walk:
@@ -68,7 +80,7 @@ class SmallFetcher:
         failed: Callable[[Content, list[int], StageFSError], None],
         counters: Counters,
         settings: ReadSettings,
-        arrived: Callable[[Content, WholeObject, object], None],
+        arrived: Callable[[Content, WholeObject, Entry | CacheFailed], None],
     ) -> None:
         self._nursery = nursery
         self._remote_for = remote_for
@@ -139,7 +151,7 @@ class SmallFetcher:
             results = await remote.fetch_batch(items)
         except StageFSError as error:
             results = [error] * len(items)
-        except Exception as error:  # noqa: BLE001 - a defect of ours costs this batch, not the mount
+        except Exception as error:
             self._counters.unexpected += 1
             log.exception("batch of %d small objects failed unexpectedly", len(items))
             results = [RemoteError(f"fetching failed unexpectedly ({error!r})")] * len(items)
@@ -153,8 +165,8 @@ class SmallFetcher:
         if not good:
             return
         try:
-            entries: Sequence[object] = await trio.to_thread.run_sync(
-                self._cache.store_small, [(c.object_id, o, c.checksum) for c, o in good]
+            entries: Sequence[Entry | CacheFailed] = await trio.to_thread.run_sync(
+                self._cache.store_small, [_small_object(content, whole) for content, whole in good]
             )
         except CacheFailed as error:
             log.warning("small objects are read without the cache: %s", error)
@@ -165,7 +177,9 @@ class SmallFetcher:
             self._arrived(content, whole, entry)
             content.shared.pop(SHARED_NAME).event.set()
 
-    def _check(self, item: Wanted, result: WholeObject | StageFSError) -> WholeObject | StageFSError:
+    def _check(
+        self, item: Wanted, result: WholeObject | StageFSError
+    ) -> WholeObject | StageFSError:
         if isinstance(result, StageFSError):
             return result
         content = item.content

@@ -10,7 +10,7 @@ import collections
 import ctypes
 import os
 
-from stagefs.model import CHUNK_BYTES, Checksum, ChunkIndex, ObjectId
+from stagefs.model import CHUNK_BYTES, Checksum, ObjectId
 
 ABSENT, VERIFIED = 0, 2
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -25,9 +25,9 @@ class VolatileBudget:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
-        self._order: collections.deque[tuple["VolatileEntry", ChunkIndex]] = collections.deque()
+        self._order: collections.deque[tuple[VolatileEntry, int]] = collections.deque()
 
-    def add(self, entry: "VolatileEntry", chunk: ChunkIndex) -> None:
+    def add(self, entry: "VolatileEntry", chunk: int) -> None:
         self._order.append((entry, chunk))
         self.used_bytes += entry.chunk_bytes
         while self.used_bytes > self.limit_bytes and len(self._order) > 1:
@@ -73,15 +73,15 @@ class VolatileEntry:
         os.ftruncate(self.fd, size_bytes)
         self._budget = budget
 
-    def commit(self, first: ChunkIndex, count: int) -> None:
-        for chunk in range(first, first + count):
+    def commit(self, first_chunk: int, count: int = 1) -> None:
+        for chunk in range(first_chunk, first_chunk + count):
             self.state[chunk] = VERIFIED
-            self._budget.add(self, ChunkIndex(chunk))
+            self._budget.add(self, chunk)
 
-    def verify(self, chunk: ChunkIndex) -> bool:
-        return self.state[chunk] == VERIFIED
+    def verify(self, chunk: int, count: int = 1) -> bool:
+        return self.state.count(VERIFIED, chunk, chunk + count) == count
 
-    def punch(self, chunk: ChunkIndex) -> None:
+    def punch(self, chunk: int) -> None:
         self.state[chunk] = ABSENT
         self.epoch += 1
         _libc.fallocate(

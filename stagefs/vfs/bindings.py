@@ -152,11 +152,9 @@ class Bindings:
             shared.error = error
         except StageFSError as error:
             self._failed(bound, shared, error)
-        except Exception as error:  # noqa: BLE001 - a defect of ours costs this listing, not the mount
+        except Exception as error:
             log.exception("listing %s failed unexpectedly", bound.bind_url)
-            self._failed(
-                bound, shared, RemoteError(f"listing {bound.bind_url} failed ({error!r})")
-            )
+            self._failed(bound, shared, RemoteError(f"listing {bound.bind_url} failed ({error!r})"))
         finally:
             del self._on_the_way[bound.inode]
             shared.event.set()

@@ -142,7 +142,7 @@ class Vfs:
     @property
     def changes(self) -> int:
         """Rises with every change of a name: a listing made at another count is out of date."""
-        return self._namespace.sequence
+        return self._namespace.edits
 
     def name_timeout_s(self, directory: Inode) -> float:
         """How long the kernel may believe a name in ``directory`` without asking."""
@@ -198,6 +198,8 @@ class Vfs:
         except StageFSError as error:
             self._objects.errors.note(node.object_id.key, error)
         if answer is None or answer.validator == node.validator or node.checksum is not None:
+            if answer is not None:
+                self._objects.confirmed(node)
             self._namespace.touch_checked(node.inode, time.time_ns())
             return
         self._namespace.supersede(
@@ -249,7 +251,7 @@ class Vfs:
             return self._namespace.make_symlink(parent, name, target, operation=operation)
         answer = await self._objects.stat_soon(self._public(target))
         staged = staged_from(answer, default_mode=self._settings.default_file_mode)
-        known = self._namespace.find_object(staged.object_id)
+        known = self._namespace.find_object(staged.url, staged.version)
         if known is not None:
             self._namespace.link(known.inode, parent, name, operation=operation)
         else:

@@ -70,5 +70,3 @@ class VirtualFiles:
     def text(self, inode: int) -> bytes:
         name, _node = self._by_inode[Inode(inode)]
         return self._texts[name]()
-
-

@@ -1,0 +1,162 @@
+"""The table of open objects: which are open, from which entry each is served, which may go.
+
+Trio thread only.  An entry is held in the cache for as long as its content is in the table.
+"""
+
+import collections
+import logging
+
+from stagefs.cache.entry import Entry
+from stagefs.cache.store import Cache
+from stagefs.config import ReadSettings
+from stagefs.errors import CacheFailed
+from stagefs.namespace.node import Node
+from stagefs.objects.content import Content, Counters
+from stagefs.objects.inline import inline_read_flags
+from stagefs.objects.volatile import VolatileBudget, VolatileEntry
+from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX
+
+log = logging.getLogger(__name__)
+
+
+class Contents:
+    def __init__(self, cache: Cache | None, settings: ReadSettings, counters: Counters) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._counters = counters
+        self._volatile = VolatileBudget(settings.volatile_bytes_max)
+        self._inline_flags = inline_read_flags(cache.directory) if cache is not None else None
+        self._by_key: collections.OrderedDict[str, Content] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def get(self, key: str) -> Content | None:
+        return self._by_key.get(key)
+
+    def all(self) -> list[Content]:
+        return list(self._by_key.values())
+
+    def of(self, node: Node) -> Content:
+        """The content of a node's object, opened if need be.  Contacts nobody."""
+        assert node.object_id is not None
+        key = node.object_id.key
+        content = self._by_key.get(key)
+        if content is not None:
+            self._by_key.move_to_end(key)
+            return content
+        content = self._by_key[key] = Content(
+            inode=node.inode,
+            object_id=node.object_id,
+            size_bytes=node.size_bytes,
+            validator=node.validator,
+            checksum=node.checksum,
+            ranges=node.ranges,
+        )
+        if self._cache is not None:
+            entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)
+            if entry is not None:
+                # A small object was compared with its checksum before it was stored.
+                content.checksum_proved |= content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
+                self.serve_from(content, entry)
+        if len(self._by_key) > self._settings.open_objects_max:
+            self._close_idle(len(self._by_key) - self._settings.open_objects_max)
+        return content
+
+    def create(self, content: Content) -> None:
+        """Give ``content``, whose validator is known, an empty entry: in the cache, or in memory
+        where the cache cannot."""
+        assert content.validator is not None
+        if self._cache is None:
+            reason = CacheFailed("there is no usable cache directory")
+            self.serve_from_memory(content, reason)
+            return
+        try:
+            entry = self._cache.create(
+                content.object_id,
+                size_bytes=content.size_bytes,
+                validator=content.validator,
+                mtime_ns=None,
+                checksum=content.checksum,
+            )
+        except CacheFailed as error:
+            self.serve_from_memory(content, error)
+        else:
+            self.serve_from(content, entry)
+
+    def serve_from(self, content: Content, entry: Entry) -> None:
+        assert self._cache is not None
+        self._let_go(content)
+        self._cache.hold(entry)
+        self._cache.note_use(entry)
+        content.entry = entry
+        content.preadv_flags = self._inline_flags
+        if content.validator is None:
+            content.validator = entry.validator
+        self._serve(content)
+
+    def serve_from_memory(self, content: Content, reason: CacheFailed) -> VolatileEntry:
+        """The cache disk cannot take this object: hold what is read of it in memory instead."""
+        if isinstance(content.entry, VolatileEntry):
+            return content.entry
+        log.warning("reading %s without the cache: %s", content.url, reason)
+        self._counters.volatile_objects += 1
+        self._let_go(content)
+        memory = content.entry = VolatileEntry(
+            content.object_id,
+            size_bytes=content.size_bytes,
+            validator=content.validator or "",
+            budget=self._volatile,
+        )
+        content.preadv_flags = 0
+        content.flights.clear()
+        content.failures.clear()
+        self._serve(content)
+        content.wake_all()
+        return memory
+
+    def start_again(self, content: Content) -> None:
+        """What is cached of ``content`` is wrong: forget it all."""
+        entry = content.entry
+        self._let_go(content)
+        content.flights.clear()
+        if isinstance(entry, Entry):
+            entry.discard()
+        content.wake_all()
+
+    def release(self, content: Content) -> None:
+        content.holds -= 1
+
+    def close_idle(self) -> None:
+        """Let go of what nobody uses, so that it can be evicted."""
+        self._close_idle(len(self._by_key))
+
+    def close_all(self) -> None:
+        for content in self.all():
+            self._close(content)
+
+    def prove_before_read(self, content: Content) -> bool:
+        return content.size_bytes <= self._settings.checksum_before_read_bytes_max
+
+    def _serve(self, content: Content) -> None:
+        if content.checksum_proved or not self.prove_before_read(content):
+            content.serving = content.entry
+
+    def _let_go(self, content: Content) -> None:
+        entry, content.entry, content.serving = content.entry, None, None
+        if isinstance(entry, Entry) and self._cache is not None:
+            self._cache.drop(entry)
+        elif isinstance(entry, VolatileEntry):
+            entry.close()
+
+    def _close(self, content: Content) -> None:
+        self._by_key.pop(content.object_id.key, None)
+        self._let_go(content)
+
+    def _close_idle(self, count: int) -> None:
+        for content in self.all():
+            if count <= 0:
+                return
+            if content.idle:
+                self._close(content)
+                count -= 1

@@ -1,0 +1,112 @@
+"""Getting an object ready: an entry that may be read or filled, and a known validator.
+
+Small objects are fetched whole on the way, and with them the names that follow in a
+directory that a task walks through.  Trio thread.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+from stagefs.cache.entry import Entry
+from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
+from stagefs.model import ObjectInfo, WholeObject
+from stagefs.namespace.store import Namespace
+from stagefs.objects.content import Content
+from stagefs.objects.contents import Contents
+from stagefs.objects.fetching import Fetcher
+from stagefs.objects.sharing import Sharing
+from stagefs.objects.small import SmallFetcher
+from stagefs.remote.base import Remote
+
+
+class Preparing:
+    def __init__(
+        self,
+        *,
+        namespace: Namespace,
+        contents: Contents,
+        fetcher: Fetcher,
+        sharing: Sharing,
+        remote_for: Callable[[str], Remote],
+    ) -> None:
+        self._namespace = namespace
+        self._contents = contents
+        self._fetcher = fetcher
+        self._sharing = sharing
+        self._remote_for = remote_for
+        self.small: SmallFetcher | None = None
+
+    async def entry(self, content: Content) -> None:
+        """Return when ``content`` has an entry."""
+        while content.entry is None:
+            if content.changed is not None:
+                raise content.changed
+            if self.small is not None and self.small.takes(content):
+                self._fetcher.raise_failure(content, 0)
+                shared = self.small.want(content, urgent=True)
+                assert shared is not None
+                self._fetch_neighbours(content, self.small)
+                await shared.wait()
+            elif content.validator is None:
+                await self._sharing.run(content, "contact", self._first_contact)
+            else:
+                self._contents.create(content)
+
+    async def _first_contact(self, content: Content) -> None:
+        """Learn the validator of an object that a catalog only named."""
+        self._fetcher.raise_failure(content, 0)
+        try:
+            answer = await self._remote_for(content.url).stat(content.url)
+            if answer.size_bytes != content.size_bytes:
+                raise ObjectChanged(
+                    f"{content.url} has {answer.size_bytes} bytes, {content.size_bytes} were "
+                    "registered; stage it in again with --replace"
+                )
+        except StageFSError as error:
+            self._fetcher.failed(content, [0], error)
+            raise
+        self._contacted(content, answer)
+
+    def _contacted(self, content: Content, answer: ObjectInfo) -> None:
+        content.validator = answer.validator
+        content.ranges = content.ranges and answer.ranges
+        self._namespace.set_validator(
+            content.inode, answer.validator, checked_ns=time.time_ns(), ranges=content.ranges
+        )
+
+    def small_arrived(
+        self, content: Content, whole: WholeObject, entry: Entry | CacheFailed
+    ) -> None:
+        if content.validator is None:
+            self._contacted(content, whole.info)
+        content.checksum_proved = True
+        if content.entry is not None:
+            return
+        if isinstance(entry, CacheFailed):
+            memory = self._contents.serve_from_memory(content, entry)
+            os.pwrite(memory.fd, whole.data, 0)
+            memory.commit(0)
+            return
+        self._contents.serve_from(content, entry)
+
+    def _fetch_neighbours(self, content: Content, small: SmallFetcher) -> None:
+        """Queue the names after this one when its directory is being walked."""
+        place = self._namespace.place(content.inode)
+        if place is None:
+            return
+        directory, cookie = place
+        after, count = small.step(directory, cookie)
+        if not count:
+            return
+        last = after
+        for next_cookie, _name, node in self._namespace.page(directory, after, count):
+            last = next_cookie
+            if node.object_id is None or not node.size_bytes:
+                continue
+            if self._contents.get(node.object_id.key) is not None:
+                continue
+            neighbour = self._contents.of(node)
+            if neighbour.entry is None and small.takes(neighbour):
+                small.want(neighbour, urgent=False)
+        small.queued(directory, last)
