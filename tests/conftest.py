@@ -17,6 +17,7 @@ import pytest
 from tests.support import kernel
 from tests.support.identity import Identity, identities
 from tests.support.mounted import Mounted
+from tests.support.nginx import running_nginx
 from tests.support.served import HttpServed, Served, serving
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
@@ -159,6 +160,5 @@ def served(request: pytest.FixtureRequest, served_directory: Path) -> Iterator[S
 @pytest.fixture
 def web(served_directory: Path) -> Iterator[HttpServed]:
     """A real web server, for tests that have nothing to say about protocols."""
-    server = HttpServed(served_directory)
-    yield server
-    server.stop()
+    with running_nginx(served_directory) as server:
+        yield HttpServed(server)

@@ -78,7 +78,7 @@ def test_names_that_are_not_utf8(identity: Identity, served: Served, new_mount: 
 INDEX = """<html><body><h1>Index of /trap/</h1><hr><pre>
 <a href="../">../</a>
 <a href="good.txt">good.txt</a>
-<a href="/objects/outside.txt">outside</a>
+<a href="/plain/outside.txt">outside</a>
 <a href="../outside.txt">outside</a>
 <a href="..%2foutside.txt">outside</a>
 <a href="%2e%2e/outside.txt">outside</a>
@@ -148,9 +148,9 @@ TOKEN = "t0k3n-that-nobody-sees"
 
 
 def test_secrets_show_nowhere(identity: Identity, web: HttpServed, new_mount: MakeMount) -> None:
-    web.put("private/x", b"behind a password")
+    web.put("x", b"behind a password")
     web.put("y", b"behind a token")
-    with_password = web.url("private/x").replace("://", f"://ada:{SECRET}@")
+    with_password = web.private_url("x").replace("://", f"://ada:{SECRET}@")
     with_token = f"{web.url('y')}?token={TOKEN}"
     refused = with_password.replace(SECRET, f"{SECRET}-wrong")
 

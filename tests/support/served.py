@@ -9,43 +9,14 @@ import contextlib
 import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote
 
+from stagefs.remote.url import quote_path
 from tests.support.identity import Identity
+from tests.support.nginx import Nginx, running_nginx
 from tests.support.sshd import Sshd, running_sshd
-from tests.support.waiting import wait_until
-
-_NGINX_CONF = """
-daemon off;
-master_process off;
-{user}
-pid {top}/nginx.pid;
-error_log {top}/error.log;
-worker_rlimit_nofile 4096;
-events {{ worker_connections 2048; }}
-http {{
-    log_format counted '$request_method $request_uri $status $body_bytes_sent';
-    access_log {top}/access.log counted;
-    client_body_temp_path {top}/t1;
-    proxy_temp_path {top}/t2;
-    fastcgi_temp_path {top}/t3;
-    uwsgi_temp_path {top}/t4;
-    scgi_temp_path {top}/t5;
-    keepalive_requests 100000;
-    server {{
-        listen 127.0.0.1:{port} backlog=1024;
-        root {top}/objects;
-        location / {{ autoindex on; autoindex_exact_size on; }}
-        location /private/ {{ auth_basic staged; auth_basic_user_file {top}/passwords; }}
-    }}
-}}
-"""
 
 
 def content(size_bytes: int, seed: str = "") -> bytes:
@@ -87,17 +58,15 @@ class Served(Protocol):
 class ServedFiles(abc.ABC):
     """What http and ssh have in common: objects are files of a directory."""
 
-    def __init__(self, top: Path) -> None:
-        self.top = top
-        self.objects = top / "objects"
-        self.objects.mkdir()
+    def __init__(self, objects: Path) -> None:
+        self.objects = objects
 
     def put(self, name: str, data: bytes) -> str:
         path = self.objects / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # A new file under the old name, as a publisher would do it: readers of the old one
         # keep it, and its modification time is another one.
-        fresh = path.with_name(path.name + ".new")
+        fresh = path.with_name("fresh")
         fresh.write_bytes(data)
         fresh.rename(path)
         return self.url(name)
@@ -115,56 +84,36 @@ class ServedFiles(abc.ABC):
 
 
 class HttpServed(ServedFiles):
-    """nginx.  Below ``private/`` it wants the user ``ada`` with the password ``s3cr3t-w0rd``."""
+    """nginx."""
 
     scheme = "http"
 
-    def __init__(self, top: Path) -> None:
-        super().__init__(top)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        user = "user root;" if os.geteuid() == 0 else ""
-        conf = top / "nginx.conf"
-        conf.write_text(_NGINX_CONF.format(top=top, port=self.port, user=user))
-        (top / "passwords").write_text("ada:{PLAIN}s3cr3t-w0rd\n")
-        program = shutil.which("nginx", path="/usr/sbin:/usr/bin") or "nginx"
-        self._child = subprocess.Popen(
-            [program, "-e", str(top / "error.log"), "-c", str(conf)], stdin=subprocess.DEVNULL
-        )
-        wait_until(self._answers, "nginx")
-
-    def _answers(self) -> bool:
-        assert self._child.poll() is None, (self.top / "error.log").read_text()
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", self.port)) == 0
+    def __init__(self, server: Nginx) -> None:
+        super().__init__(server.root)
+        self._server = server
 
     def environment(self, identity: Identity) -> Mapping[str, str]:
         return {}
 
     def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{quote(name)}"
+        return self._server.url(name)
 
-    def _log(self) -> list[list[str]]:
-        lines = (self.top / "access.log").read_text().splitlines()
-        return [line.split(" ") for line in lines]
+    def private_url(self, name: str) -> str:
+        """The same object where nginx wants a user and a password."""
+        return self._server.url(name, location="private")
 
     def bytes_sent(self) -> int:
-        return sum(int(sent) for method, _, _, sent in self._log() if method == "GET")
+        return sum(asked.sent_bytes for asked in self._server.asked() if asked.method == "GET")
 
     def requests_for(self, name: str) -> int:
-        return sum(uri == f"/{quote(name)}" for _, uri, _, _ in self._log())
+        path = f"/plain/{quote_path(name)}"
+        return sum(asked.uri == path for asked in self._server.asked())
 
     def freeze(self) -> None:
-        os.kill(self._child.pid, signal.SIGSTOP)
+        self._server.freeze()
 
     def thaw(self) -> None:
-        os.kill(self._child.pid, signal.SIGCONT)
-
-    def stop(self) -> None:
-        self.thaw()
-        self._child.terminate()
-        self._child.wait(10)
+        self._server.thaw()
 
 
 class SshServed(ServedFiles):
@@ -173,12 +122,14 @@ class SshServed(ServedFiles):
     scheme = "ssh"
 
     def __init__(self, top: Path, server: Sshd) -> None:
-        super().__init__(top)
+        super().__init__(top / "objects")
+        self.objects.mkdir()
+        self._top = top
         self._server = server
 
     def environment(self, identity: Identity) -> Mapping[str, str]:
         """Its own copy of key and configuration: ssh wants a key that nobody else can read."""
-        own = self.top / f"client-{identity.name}"
+        own = self._top / f"client-{identity.name}"
         if not own.exists():
             identity.directory(own)
             own.chmod(0o700)
@@ -213,14 +164,11 @@ class SshServed(ServedFiles):
 def serving(scheme: str, top: Path) -> Iterator[Served]:
     """A server of the suite's own; ``top`` is an empty directory that everybody can enter."""
     if scheme == "http":
-        http = HttpServed(top)
-        try:
-            yield http
-        finally:
-            http.stop()
+        with running_nginx(top) as nginx:
+            yield HttpServed(nginx)
     elif scheme == "ssh":
         (top / "sshd").mkdir()
-        with running_sshd(top / "sshd", counted=True) as server:
-            yield SshServed(top, server)
+        with running_sshd(top / "sshd", counted=True) as sshd:
+            yield SshServed(top, sshd)
     else:
         raise ValueError(scheme)
