@@ -1,0 +1,183 @@
+"""What the contract suite needs of a remote: its driver, and hands on the server behind it.
+
+To add a remote, write a Subject (put, put_sparse, remove, forbidden, urls) and its fixture in
+``conftest.py``; every test of ``test_remote_contract.py`` then runs on it.
+"""
+
+import abc
+import os
+from pathlib import Path
+from typing import Protocol
+
+from stagefs.errors import AccessDenied
+from stagefs.model import GIB, MIB
+from stagefs.remote.base import Remote
+from stagefs.remote.credentials import CredentialStore
+from stagefs.remote.file import FileRemote
+from stagefs.remote.http import HttpRemote
+from stagefs.remote.memory import MemoryRemote
+from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.url import parse, quote_path
+from tests.support.nginx import Nginx
+
+# Short enough for tests that wait for them, long enough for a busy machine.
+SETTINGS = RemoteSettings(
+    connect_timeout_s=10.0, answer_timeout_s=10.0, progress_timeout_s=10.0, backoff_s=0.01
+)
+
+ODD_NAMES = (
+    "a blank",
+    "per%20cent",
+    "100%",
+    "hash#tag",
+    "question?mark=1",
+    "plus+plus",
+    "semi;colon,comma&and",
+    "'quote\"",
+    "back\\slash",
+    "[brackets]{braces}",
+    "Žluťoučký-kůň",
+    "日本語",
+    "-dash",
+    "..twodots",
+    "x" * 255,
+)
+
+
+class Subject(Protocol):
+    """One remote under test, with an empty directory on its server."""
+
+    @property
+    def remote(self) -> Remote: ...
+
+    @property
+    def directory(self) -> str:
+        """The URL of the empty directory."""
+        ...
+
+    @property
+    def large_bytes(self) -> int:
+        """How large an object can be made with little cost."""
+        ...
+
+    @property
+    def odd_names(self) -> tuple[str, ...]:
+        """The odd names that the protocol can express."""
+        ...
+
+    @property
+    def directories_have_errors(self) -> bool:
+        """Whether a stat of a directory can be told from that of a missing object."""
+        ...
+
+    def put(self, name: str, data: bytes) -> str:
+        """Store or replace an object below the directory; its URL."""
+        ...
+
+    def put_large(self, name: str, tail: bytes) -> str:
+        """An object of ``large_bytes`` that ends in ``tail``."""
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        """A remote, and the URL of an existing object that it may not read."""
+        ...
+
+
+class _Files(abc.ABC):
+    """What remotes have in common whose objects are files of a directory here."""
+
+    large_bytes = 5 * GIB
+    odd_names: tuple[str, ...] = (*ODD_NAMES, "new\nline", "tab\tstop", "latin-\udce9", "\x01ctrl")
+    directories_have_errors = True
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+
+    def put(self, name: str, data: bytes) -> str:
+        path = self.top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.top / ".fresh"
+        fresh.write_bytes(data)
+        # As a publisher would do it; the time moves on even when both writes fall into one tick.
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        fresh.rename(path)
+        if before:
+            os.utime(path, ns=(before, before + 2_000_000_000))
+        return self.url(name)
+
+    def put_large(self, name: str, tail: bytes) -> str:
+        with (self.top / name).open("wb") as file:
+            file.truncate(self.large_bytes - len(tail))
+            file.seek(0, os.SEEK_END)
+            file.write(tail)
+        return self.url(name)
+
+    def remove(self, name: str) -> None:
+        (self.top / name).unlink()
+
+    @abc.abstractmethod
+    def url(self, name: str) -> str: ...
+
+
+class FileSubject(_Files):
+    def __init__(self, top: Path) -> None:
+        super().__init__(top)
+        self.remote = FileRemote("file://", SETTINGS, CredentialStore(None))
+        self.directory = f"file://{quote_path(str(top))}"
+
+    def url(self, name: str) -> str:
+        return f"{self.directory}/{quote_path(name)}"
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        """Root may read everything, except settings that the kernel lets nobody read."""
+        if os.geteuid() == 0:
+            return self.remote, "file:///proc/sys/net/ipv4/route/flush"
+        url = self.put(name, data)
+        (self.top / name).chmod(0)
+        return self.remote, url
+
+
+class HttpSubject(_Files):
+    # nginx lists no name that begins with a dot.
+    odd_names = tuple(name for name in _Files.odd_names if not name.startswith("."))
+
+    def __init__(self, server: Nginx, place: str, *, location: str = "plain") -> None:
+        top = server.root / place
+        top.mkdir()
+        super().__init__(top)
+        self._server, self._place, self._location = server, place, location
+        self.directory = server.url(place, location=location)
+        self.remote = HttpRemote(parse(self.directory).host_url, SETTINGS, CredentialStore(None))
+
+    def url(self, name: str) -> str:
+        return self._server.url(f"{self._place}/{name}", location=self._location)
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        self.put(name, data)
+        return self.remote, self._server.url(f"{self._place}/{name}", location="private")
+
+
+class MemorySubject:
+    large_bytes = 8 * MIB
+    odd_names = (*ODD_NAMES, "new\nline", "latin-\udce9")
+    directories_have_errors = True
+
+    def __init__(self) -> None:
+        self.remote = MemoryRemote("memory://store")
+        self.directory = "memory://store/top"
+
+    def put(self, name: str, data: bytes) -> str:
+        return self.remote.put(f"/top/{name}", data)
+
+    def put_large(self, name: str, tail: bytes) -> str:
+        return self.put(name, bytes(self.large_bytes - len(tail)) + tail)
+
+    def remove(self, name: str) -> None:
+        self.remote.remove(f"/top/{name}")
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        url = self.put(name, data)
+        self.remote.forbid(f"/top/{name}", AccessDenied(f"{url} may not be read."))
+        return self.remote, url
