@@ -1,0 +1,216 @@
+"""The books of a cache: bytes used, counters, which files' rows are out of date, which names go.
+
+Entries write into it, the cache and eviction read it; it refers to neither.  It owns the one
+lock under which names below ``objects/`` come and go, so that a file that is being evicted,
+one that is being loaded and one that takes its name cannot be mistaken for each other.
+
+Concurrency: any thread.  ``names`` is held for an open, a rename or an unlink, never for
+longer work, because the event loop's thread takes it too; ``_lock`` for arithmetic only.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from stagefs.cache.index import Index, IndexRow, Place, segment_end
+from stagefs.cache.layout import Paths
+from stagefs.errors import CacheFailed
+
+logger = logging.getLogger(__name__)
+
+# Fetching again what was evicted this recently is thrash: the capacity is too small for the work.
+THRASH_WINDOW_S = 10 * 60
+_EVICTIONS_REMEMBERED_MAX = 50_000
+
+
+class Counters(msgspec.Struct):
+    """What happened since the cache was opened."""
+
+    damaged_chunks: int = 0
+    damaged_entries: int = 0
+    committed_chunks: int = 0
+    stored_records: int = 0
+    evicted_entries: int = 0
+    evicted_chunks: int = 0
+    evicted_bytes: int = 0
+    thrash: int = 0
+    index_failures: int = 0
+    open_failures: int = 0
+
+
+class Growing(Protocol):
+    """An entry as the books see it."""
+
+    @property
+    def key(self) -> str: ...
+
+    def index_row(self) -> IndexRow | None:
+        """The row as it should be now; None when the entry is gone."""
+        ...
+
+
+class Ledger:
+    def __init__(
+        self, paths: Paths, index: Index, *, used_bytes: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.paths = paths
+        self.index = index
+        self.clock = clock
+        self.names = threading.Lock()
+        # Keys that a plan has chosen and whose files a worker has not removed yet (under `names`).
+        self.leaving: set[str] = set()
+        self._lock = threading.Lock()
+        self._used_bytes = used_bytes
+        self._counters = Counters()
+        self._growing: dict[str, Growing] = {}
+        self._removed: set[str] = set()
+        self._used_at: dict[str, int] = {}
+        self._evictions: OrderedDict[tuple[str, int], float] = OrderedDict()
+
+    # Bytes and counters.
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    def add_used(self, change_bytes: int) -> None:
+        with self._lock:
+            self._used_bytes += change_bytes
+
+    def set_used(self, used_bytes: int) -> None:
+        with self._lock:
+            self._used_bytes = used_bytes
+
+    def count(self, name: str, increment: int = 1) -> None:
+        with self._lock:
+            setattr(self._counters, name, getattr(self._counters, name) + increment)
+
+    def counters(self) -> Counters:
+        with self._lock:
+            return msgspec.structs.replace(self._counters)
+
+    # Recency.
+
+    def now_ms(self) -> int:
+        return int(self.clock() * 1000)
+
+    def note_use(self, key: str, at_ms: int) -> None:
+        self._used_at[key] = at_ms
+
+    def used_since_flush(self, key: str) -> int | None:
+        return self._used_at.get(key)
+
+    def uses_since_flush(self) -> list[tuple[str, int]]:
+        return list(self._used_at.items())
+
+    # Names.
+
+    def place(self, entry: Growing, incoming: str) -> None:
+        """Give the file of an entry its name.  The row first: a row without a file is noticed,
+        a file without a row would stay for ever.  Raises CacheFailed, OSError."""
+        row = entry.index_row()
+        if row is None:
+            return
+        self.index.grow(row)
+        name = self.paths.object_file(entry.key)
+        with self.names:
+            try:
+                os.rename(incoming, name)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(name), mode=0o700, exist_ok=True)
+                os.rename(incoming, name)
+            self.leaving.discard(entry.key)
+            with self._lock:
+                self._removed.discard(entry.key)
+                # The next flush writes the row again, should a removal have taken it with it.
+                self._growing[entry.key] = entry
+        self._note_refetch(entry.key, -1)
+
+    def unplace(self, key: str) -> None:
+        """Take the name away; whoever has the file open keeps it.  Cheap: frees no blocks while
+        somebody has the file open.  Raises OSError."""
+        with self.names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.paths.object_file(key))
+            self.leaving.discard(key)
+        self.forget_row(key)
+
+    def forget_row(self, key: str) -> None:
+        with self._lock:
+            self._removed.add(key)
+            self._growing.pop(key, None)
+
+    def note_growing(self, entry: Growing) -> None:
+        """Say that an entry's bytes have changed.  The first time after a flush the index is told
+        at once, so that a daemon that is killed leaves word which files to look at."""
+        key = entry.key
+        with self._lock:
+            if key in self._growing:
+                return
+            self._growing[key] = entry
+        row = entry.index_row()
+        if row is not None:
+            self.tolerate(lambda: self.index.grow(row))
+
+    def write_records(self, rows: Sequence[IndexRow], *, end: Place) -> None:
+        """Tell the index of records appended up to ``end``.  Raises CacheFailed."""
+        with self._lock:
+            self._removed.difference_update([row.key.hex() for row in rows])
+        self.index.apply(rows=rows, facts=segment_end(end))
+
+    def tolerate(self, write: Callable[[], None]) -> bool:
+        """Run an index write that reading can do without; a failure is counted and logged."""
+        try:
+            write()
+        except CacheFailed as exc:
+            self.count("index_failures")
+            logger.warning("%s", exc)
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Write what is out of date to the index: one transaction.  Blocking; worker thread."""
+        used, self._used_at = self._used_at, {}
+        touched = [(bytes.fromhex(key), at) for key, at in list(used.items())]
+        with self._lock:
+            growing, self._growing = self._growing, {}
+        written = {key: row for key, entry in growing.items() if (row := entry.index_row())}
+        with self._lock:
+            removed, self._removed = self._removed, set()
+        rows = [row for key, row in written.items() if key not in removed]
+        if not (touched or rows or removed):
+            return
+        gone = [bytes.fromhex(key) for key in removed]
+        if self.tolerate(lambda: self.index.apply(rows=rows, used=touched, removed=gone)):
+            return
+        with self._lock:
+            self._removed |= removed - self._growing.keys()
+            self._growing = growing | self._growing
+        self._used_at = used | self._used_at
+
+    # Thrash.
+
+    def note_eviction(self, key: str, chunk: int = -1) -> None:
+        """Remember that this entry, or this chunk of it, was evicted now."""
+        with self._lock:
+            self._evictions[key, chunk] = self.clock()
+            self._evictions.move_to_end((key, chunk))
+            if len(self._evictions) > _EVICTIONS_REMEMBERED_MAX:
+                self._evictions.popitem(last=False)
+
+    def note_refetch(self, key: str, chunk: int) -> None:
+        if self._evictions:
+            self._note_refetch(key, chunk)
+
+    def _note_refetch(self, key: str, chunk: int) -> None:
+        with self._lock:
+            evicted_at = self._evictions.pop((key, chunk), None)
+            if evicted_at is not None and self.clock() - evicted_at < THRASH_WINDOW_S:
+                self._counters.thrash += 1

@@ -1,0 +1,470 @@
+"""The cache of one staging area: entries by object id, bounded by a capacity.
+
+Composes the parts of this package and is their only face upwards.  It knows no remote, no
+namespace and no FUSE.  When its disk fails it raises CacheFailed and the caller goes on
+without it.
+
+Concurrency: methods say who calls them.  *Trio thread*: cheap, never waits for more than an
+open and a read.  *Worker*: blocking, any thread but one at a time for each kind.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from pathlib import Path
+
+import msgspec
+
+from stagefs.cache import directory, layout, rebuild
+from stagefs.cache.entry import Entry, ObjectFile, OpenFile
+from stagefs.cache.eviction import Eviction, Plan
+from stagefs.cache.file_system import allocated_bytes
+from stagefs.cache.index import Index, IndexRow
+from stagefs.cache.leases import Lease, Leases
+from stagefs.cache.ledger import Counters, Ledger
+from stagefs.cache.open_entries import OpenEntries
+from stagefs.cache.packed import (
+    SEGMENT_BYTES_MAX,
+    SEGMENT_BYTES_MIN,
+    Segments,
+    SmallObject,
+    record_row,
+)
+from stagefs.errors import CacheFailed, DamagedEntry
+from stagefs.model import CHUNK_BYTES, MIB, Checksum, ObjectId
+
+# Room is made above the high mark, down to the low one, in shares of the capacity.
+_HIGH_MARK, _LOW_MARK = 0.95, 0.90
+_FREE_FLOOR_SHARE, _FREE_FLOOR_BYTES_MAX = 0.02, 512 * MIB
+SMALL_OBJECT_BYTES_MAX = 64 << 10
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Bytes of disk and of objects.  ``entries`` and ``cached_bytes`` are as of the last flush."""
+
+    entries: int
+    cached_bytes: int
+    used_bytes: int
+    capacity_bytes: int
+    free_bytes: int
+    free_floor_bytes: int
+    leases: int
+    index_complete: bool
+    counters: Counters
+
+
+class Cache:
+    def __init__(
+        self,
+        locked: directory.LockedDirectory,
+        index: Index,
+        leases: Leases,
+        *,
+        capacity_bytes: int,
+        chunk_bytes: int,
+        free_floor_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """Use ``open``.  Raises CacheFailed, OSError."""
+        self.capacity_bytes = capacity_bytes
+        self.chunk_bytes = chunk_bytes
+        self.free_floor_bytes = free_floor_bytes
+        self._locked: directory.LockedDirectory | None = locked
+        self._paths = locked.paths
+        self._index = index
+        self._leases = leases
+        self._ledger = Ledger(self._paths, index, used_bytes=index.totals().disk_bytes, clock=clock)
+        segment_bytes = min(SEGMENT_BYTES_MAX, max(SEGMENT_BYTES_MIN, capacity_bytes // 32))
+        self._segments = Segments(self._ledger, segment_bytes=segment_bytes)
+        self._entries = OpenEntries()
+        self._eviction = Eviction(self._ledger, self._segments, leases, self._entries)
+        self._incoming_numbers = count(1)
+        self._stop = threading.Event()
+        self._overhead_bytes = self._measure_overhead()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        capacity_bytes: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        free_floor_bytes: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> "Cache":
+        """Take the directory and open what is in it, without a scan.  Worker.
+
+        ``chunk_bytes`` (a power of two) is for new entries; old ones keep theirs.
+        ``free_floor_bytes`` of the file system stay free: by default 2 %, at most 512 MiB.
+        Raises StateInUse, NewerFormat, UnsuitableState; CacheFailed when the disk is at fault
+        and the caller does without a cache.
+        """
+        assert layout.CHUNK_BYTES_MIN <= chunk_bytes <= layout.CHUNK_BYTES_MAX
+        assert chunk_bytes & (chunk_bytes - 1) == 0, "chunks are powers of two"
+        with contextlib.ExitStack() as undo:
+            locked = undo.enter_context(contextlib.closing(directory.take(path)))
+            try:
+                if free_floor_bytes is None:
+                    system = os.statvfs(path)
+                    share_bytes = int(system.f_blocks * system.f_frsize * _FREE_FLOOR_SHARE)
+                    free_floor_bytes = min(share_bytes, _FREE_FLOOR_BYTES_MAX)
+                index = undo.enter_context(contextlib.closing(Index(locked.paths.index)))
+                leases = undo.enter_context(
+                    contextlib.closing(Leases(locked.paths.leases, clock=clock))
+                )
+                rebuild.reconcile(index, locked.paths)
+                cache = cls(
+                    locked,
+                    index,
+                    leases,
+                    capacity_bytes=capacity_bytes,
+                    chunk_bytes=chunk_bytes,
+                    free_floor_bytes=free_floor_bytes,
+                    clock=clock,
+                )
+            except OSError as exc:
+                raise CacheFailed(f"the cache directory {path} cannot be used: {exc}") from exc
+            undo.pop_all()
+        return cache
+
+    def close(self) -> None:
+        """Write the index and give up the directory.  Worker.  Idempotent."""
+        if self._locked is None:
+            return
+        self._stop.set()
+        self.flush_index()
+        with contextlib.suppress(CacheFailed):
+            self._index.close()
+        self._leases.close()
+        self._locked.close()
+        self._locked = None
+
+    # Entries.
+
+    def entry(self, object_id: ObjectId, *, size_bytes: int) -> Entry | None:
+        """What the cache holds of an object, or None.  Trio thread.
+
+        What is damaged, or says another size, is counted, dropped, and None.
+        """
+        key = object_id.key
+        entry = self._entries.get(key)
+        if entry is None:
+            if size_bytes <= SMALL_OBJECT_BYTES_MAX:
+                entry = self._load_record(object_id, key)
+            entry = entry or self._load_file(object_id, key)
+            if entry is None:
+                return None
+            self._entries.add(entry)
+        if entry.size_bytes != size_bytes:
+            self._ledger.count("damaged_entries")
+            self._entries.forget(entry)
+            entry.discard()
+            return None
+        return entry
+
+    def _load_record(self, object_id: ObjectId, key: str) -> Entry | None:
+        try:
+            place = self._index.place_of(bytes.fromhex(key))
+        except CacheFailed:
+            self._ledger.count("index_failures")
+            return None
+        if place is None:
+            return None
+        try:
+            return self._segments.load(object_id, key, place)
+        except FileNotFoundError:
+            pass  # its segment was evicted a moment ago, or its row came back with an old index
+        except DamagedEntry:
+            self._ledger.count("damaged_entries")
+        except OSError:
+            self._ledger.count("open_failures")
+            return None
+        self._ledger.forget_row(key)
+        return None
+
+    def _load_file(self, object_id: ObjectId, key: str) -> Entry | None:
+        try:
+            with self._ledger.names:
+                # Whatever a plan meant to do with it: it is wanted now.
+                self._ledger.leaving.discard(key)
+                fd = layout.open_file(self._paths.object_file(key), os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            self._ledger.count("open_failures")
+            return None
+        file = OpenFile(fd)
+        try:
+            found = rebuild.read_open_object(fd, key)
+        except (DamagedEntry, OSError):
+            self._ledger.count("damaged_entries")
+            self._drop_damaged(key, file)
+            return None
+        return ObjectFile(
+            object_id,
+            key,
+            found.header,
+            file=file,
+            state=found.present,
+            ledger=self._ledger,
+            slots_offset=found.slots_offset,
+            disk_bytes=found.disk_bytes,
+        )
+
+    def _drop_damaged(self, key: str, file: OpenFile) -> None:
+        with contextlib.suppress(OSError):
+            self._ledger.add_used(-allocated_bytes(os.fstat(file.fd)))
+            self._ledger.unplace(key)
+
+    def create(
+        self,
+        object_id: ObjectId,
+        *,
+        size_bytes: int,
+        validator: str,
+        mtime_ns: int | None,
+        checksum: Checksum | None = None,
+    ) -> ObjectFile:
+        """A new entry with no chunk yet, in place of whatever there was.  Any thread, some
+        tens of microseconds.  Raises CacheFailed.
+
+        Nothing of it stays unless a chunk is committed before the last ``drop``.
+        """
+        header = layout.entry_header(
+            object_id,
+            validator=validator,
+            size_bytes=size_bytes,
+            chunk_bytes=self.chunk_bytes,
+            mtime_ns=mtime_ns,
+            checksum=checksum,
+        )
+        key = object_id.key
+        incoming = self._paths.incoming_file(key, next(self._incoming_numbers))
+        try:
+            fd = layout.open_file(incoming, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except OSError as exc:
+            raise CacheFailed(
+                f"the cache cannot begin an entry for {object_id.url}: {exc.strerror}"
+            ) from exc
+        entry = ObjectFile(
+            object_id,
+            key,
+            header,
+            file=OpenFile(fd),
+            state=bytearray(header.chunk_count),
+            ledger=self._ledger,
+            incoming=incoming,
+        )
+        self._entries.add(entry)
+        return entry
+
+    def store_small(self, items: Sequence[SmallObject]) -> list[Entry]:
+        """Store whole small objects in one write; their entries are complete and VERIFIED.
+        Worker.  Raises CacheFailed, and then none is stored."""
+        encoded = [
+            layout.encode_record(
+                layout.entry_header(
+                    item.object_id,
+                    validator=item.validator,
+                    size_bytes=len(item.data),
+                    chunk_bytes=self.chunk_bytes,
+                    mtime_ns=item.mtime_ns,
+                    checksum=item.checksum,
+                ),
+                item.data,
+            )
+            for item in items
+        ]
+        if not encoded:
+            return []
+        places = self._segments.append([record for record, _ in encoded])
+        now_ms = self._ledger.now_ms()
+        try:
+            entries = [
+                self._segments.entry_of(item, said, place)
+                for item, (_, said), place in zip(items, encoded, places, strict=True)
+            ]
+        except OSError as exc:
+            raise CacheFailed(f"the cache cannot store small objects: {exc.strerror}") from exc
+        rows = [
+            record_row(entry.key, said.moved_to(place.offset), place.segment, used_at=now_ms)
+            for entry, (_, said), place in zip(entries, encoded, places, strict=True)
+        ]
+        self._ledger.write_records(rows, end=places[-1])
+        for entry in entries:
+            self._entries.add(entry)
+        self._ledger.count("stored_records", len(entries))
+        return list(entries)
+
+    def hold(self, entry: Entry) -> bool:
+        """Keep an entry from being evicted as a whole.  Trio thread.  False when it has been
+        evicted already (or loaded anew): ask for it again."""
+        return self._entries.hold(entry)
+
+    def drop(self, entry: Entry) -> None:
+        """Undo one ``hold``.  Trio thread."""
+        self._entries.drop(entry)
+
+    def note_use(self, entry: Entry) -> None:
+        """The entry was used now.  Trio thread; costs next to nothing."""
+        entry.used_at = now_ms = self._ledger.now_ms()
+        self._ledger.note_use(entry.key, now_ms)
+
+    # Capacity.
+
+    @property
+    def used_bytes(self) -> int:
+        """What the cache takes on disk, committed or being fetched, to within a few seconds."""
+        return self._ledger.used_bytes + self._overhead_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """How much may be fetched before the capacity or the free-space floor is reached; below
+        0 when either is passed.  Any thread."""
+        left = self.capacity_bytes - self.used_bytes
+        return min(left, self._free_bytes() - self.free_floor_bytes)
+
+    def over_capacity(self) -> bool:
+        """Whether room should be made: above the high mark, or below the free-space floor."""
+        return (
+            self.used_bytes > self.capacity_bytes * _HIGH_MARK
+            or self._free_bytes() < self.free_floor_bytes
+        )
+
+    def _free_bytes(self) -> int:
+        try:
+            system = os.statvfs(self._paths.directory)
+        except OSError:
+            return 0
+        return system.f_bavail * system.f_frsize
+
+    def plan_room(self, extra_bytes: int = 0) -> Plan | None:
+        """Choose what goes so that use falls to the low mark less ``extra_bytes``; None when
+        nothing needs to, or can.  Trio thread.  Then ``carry_out`` in a worker."""
+        target_bytes = int(self.capacity_bytes * _LOW_MARK)
+        wanted_bytes = max(
+            self.used_bytes + extra_bytes - target_bytes,
+            self.free_floor_bytes + extra_bytes - self._free_bytes(),
+        )
+        if wanted_bytes <= 0:
+            return None
+        return self._plan(lambda: self._eviction.plan(wanted_bytes)) or None
+
+    def _plan(self, choose: Callable[[], Plan]) -> Plan | None:
+        try:
+            return choose()
+        except CacheFailed:
+            self._ledger.count("index_failures")
+            return None
+
+    def carry_out(self, plan: Plan) -> int:
+        """Remove what was planned; returns the bytes freed.  Worker."""
+        return self._eviction.carry_out(plan)
+
+    def make_room(self) -> int:
+        """Plan and carry out until the low mark is reached; returns the bytes freed.  Only for
+        callers without readers (both steps run in the calling thread)."""
+        total = 0
+        while self.over_capacity() or total:
+            plan = self.plan_room()
+            freed = self.carry_out(plan) if plan is not None else 0
+            if freed == 0:
+                break
+            total += freed
+        return total
+
+    def plan_eviction(self, keys: Iterable[str]) -> Plan | None:
+        """Evict exactly these; those held or leased stay and are named in ``Plan.kept``.  None
+        when there is none of them.  Trio thread.  Then ``carry_out`` in a worker."""
+
+        def choose() -> Plan:
+            rows = [self._index.row(bytes.fromhex(key)) for key in keys]
+            return self._eviction.plan_of([row for row in rows if row is not None])
+
+        return self._plan(choose)
+
+    # Pins and leases.
+
+    def pin(
+        self, items: Iterable[tuple[str, str]], *, owner: str, expires: float | None = None
+    ) -> None:
+        """Keep these (key, URL), cached or not yet, for ``owner`` until ``expires`` (seconds
+        since 1970; None: until unpinned).  Worker.  Raises CacheFailed."""
+        self._leases.pin(items, owner=owner, expires=expires)
+
+    def unpin(self, keys: Iterable[str] | None, *, owner: str | None = None) -> int:
+        """End leases (None: on all keys, of all owners); returns how many.  Worker.  Raises
+        CacheFailed."""
+        return self._leases.unpin(keys, owner=owner)
+
+    def leases(self) -> list[Lease]:
+        return self._leases.list()
+
+    def leases_of(self, key: str) -> list[Lease]:
+        return self._leases.of(key)
+
+    # The index, and looking in.
+
+    def flush_index(self) -> None:
+        """Write recency and sizes to the index.  Worker; every few seconds and at close."""
+        self._ledger.flush()
+        with contextlib.suppress(CacheFailed):
+            self._leases.expire()
+        self._overhead_bytes = self._measure_overhead()
+
+    def _measure_overhead(self) -> int:
+        """What the index and the directories take."""
+        total = self._index.file_bytes()
+        directories = [self._paths.directory, self._paths.segments, self._paths.objects]
+        with contextlib.suppress(OSError):
+            total += sum(allocated_bytes(each.stat()) for each in directories)
+            total += sum(allocated_bytes(each.stat()) for each in os.scandir(self._paths.objects))
+        return total
+
+    @property
+    def index_complete(self) -> bool:
+        """False while files may lack their rows: then run ``rebuild_index``."""
+        return self._index.is_complete
+
+    def rebuild_index(self) -> bool:
+        """Find every file and record and give it its row.  Worker; takes its time, so that
+        readers do not notice.  False when ``close`` came first.  Raises CacheFailed."""
+        damage = rebuild.rebuild(self._index, self._paths, stop=self._stop)
+        if damage is None:
+            return False
+        self._ledger.count("damaged_entries", len(damage))
+        for each in damage:
+            if each.path.parent.parent == self._paths.objects:
+                with contextlib.suppress(OSError):
+                    each.path.unlink()
+        self._ledger.flush()
+        self._ledger.set_used(self._index.totals().disk_bytes + self._segments.total_disk_bytes())
+        return True
+
+    def counters(self) -> Counters:
+        return self._ledger.counters()
+
+    def usage(self) -> Usage:
+        """Worker.  Raises CacheFailed."""
+        totals = self._index.totals()
+        return Usage(
+            entries=totals.entries,
+            cached_bytes=totals.cached_bytes,
+            used_bytes=self.used_bytes,
+            capacity_bytes=self.capacity_bytes,
+            free_bytes=self._free_bytes(),
+            free_floor_bytes=self.free_floor_bytes,
+            leases=len(self._leases.list()),
+            index_complete=self._index.is_complete,
+            counters=self._ledger.counters(),
+        )
+
+    def rows(self, *, url: str | None = None) -> list[IndexRow]:
+        """All entries (of ``url``), most recently used first.  Worker; writes the index first.
+        Raises CacheFailed."""
+        self._ledger.flush()
+        wanted = None if url is None else url.encode("utf-8", "surrogateescape")
+        return self._index.rows(url=wanted)
