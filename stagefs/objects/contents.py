@@ -12,7 +12,6 @@ from stagefs.config import ReadSettings
 from stagefs.errors import CacheFailed
 from stagefs.namespace.node import Node
 from stagefs.objects.content import Content, Counters
-from stagefs.objects.inline import inline_read_flags
 from stagefs.objects.volatile import VolatileBudget, VolatileEntry
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX
 
@@ -20,12 +19,19 @@ log = logging.getLogger(__name__)
 
 
 class Contents:
-    def __init__(self, cache: Cache | None, settings: ReadSettings, counters: Counters) -> None:
+    def __init__(
+        self,
+        cache: Cache | None,
+        *,
+        inline_flags: int | None,
+        settings: ReadSettings,
+        counters: Counters,
+    ) -> None:
         self._cache = cache
         self._settings = settings
         self._counters = counters
         self._volatile = VolatileBudget(settings.volatile_bytes_max)
-        self._inline_flags = inline_read_flags(cache.directory) if cache is not None else None
+        self._inline_flags = inline_flags
         self._by_key: collections.OrderedDict[str, Content] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -55,10 +61,10 @@ class Contents:
         )
         if self._cache is not None:
             entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)
-            if entry is not None:
+            if entry is not None and self._cache.hold(entry):
                 # A small object was compared with its checksum before it was stored.
                 content.checksum_proved |= content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
-                self.serve_from(content, entry)
+                self._serve_from(content, entry)
         if len(self._by_key) > self._settings.open_objects_max:
             self._close_idle(len(self._by_key) - self._settings.open_objects_max)
         return content
@@ -81,13 +87,19 @@ class Contents:
             )
         except CacheFailed as error:
             self.serve_from_memory(content, error)
-        else:
-            self.serve_from(content, entry)
+            return
+        self.adopt(content, entry)
 
-    def serve_from(self, content: Content, entry: Entry) -> None:
+    def adopt(self, content: Content, entry: Entry) -> None:
+        """Serve ``content`` from ``entry``, unless that was evicted a moment ago."""
+        assert self._cache is not None
+        if self._cache.hold(entry):
+            self._serve_from(content, entry)
+
+    def _serve_from(self, content: Content, entry: Entry) -> None:
+        """``entry`` is held for this content."""
         assert self._cache is not None
         self._let_go(content)
-        self._cache.hold(entry)
         self._cache.note_use(entry)
         content.entry = entry
         content.preadv_flags = self._inline_flags

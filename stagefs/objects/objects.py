@@ -64,16 +64,20 @@ class Objects:
         *,
         namespace: Namespace,
         cache: Cache | None,
+        inline_flags: int | None,
         remote_for: Callable[[str], Remote],
         settings: ReadSettings,
     ) -> None:
+        """``inline_flags``: see ``inline.inline_read_flags`` of the cache's directory."""
         self._namespace = namespace
         self._cache = cache
         self._remote_for = remote_for
         self._settings = settings
         self.counters = Counters()
         self.errors = RecentErrors()
-        self._contents = Contents(cache, settings, self.counters)
+        self._contents = Contents(
+            cache, inline_flags=inline_flags, settings=settings, counters=self.counters
+        )
         self._nursery: trio.Nursery
         self._fetcher: Fetcher
         self._asking: Asking

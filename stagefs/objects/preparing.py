@@ -88,7 +88,7 @@ class Preparing:
             os.pwrite(memory.fd, whole.data, 0)
             memory.commit(0)
             return
-        self._contents.serve_from(content, entry)
+        self._contents.adopt(content, entry)
 
     def _fetch_neighbours(self, content: Content, small: SmallFetcher) -> None:
         """Queue the names after this one when its directory is being walked."""

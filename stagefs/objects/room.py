@@ -26,14 +26,22 @@ class Room:
     async def make(self, length_bytes: int) -> None:
         """Return when ``length_bytes`` more fit, or when nothing more can be dropped."""
         cache = self._cache
-        if cache is None or not cache.over_capacity(length_bytes):
+        if cache is None or self._fits(cache, length_bytes):
             return
         async with self._lock:
-            if not cache.over_capacity(length_bytes):
-                return
-            self._release_idle()
-            plan = cache.plan_room(length_bytes)
-            try:
-                await trio.to_thread.run_sync(cache.make_room, plan)
-            except CacheFailed as error:
-                log.warning("making room in the cache: %s", error)
+            while not self._fits(cache, length_bytes):
+                self._release_idle()
+                plan = cache.plan_room(length_bytes)
+                if plan is None:
+                    return
+                try:
+                    freed = await trio.to_thread.run_sync(cache.carry_out, plan)
+                except CacheFailed as error:
+                    log.warning("making room in the cache: %s", error)
+                    return
+                if not freed:
+                    return
+
+    @staticmethod
+    def _fits(cache: Cache, length_bytes: int) -> bool:
+        return cache.headroom_bytes >= length_bytes and not cache.over_capacity()
