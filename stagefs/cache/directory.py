@@ -16,8 +16,9 @@ from pathlib import Path
 import msgspec
 
 from stagefs.cache import layout
-from stagefs.cache.file_system import refuse_network_file_system, write_fully
+from stagefs.cache.file_system import write_fully
 from stagefs.errors import CacheFailed, NewerFormat, StateInUse, UnsuitableState
+from stagefs.state_directory import refuse_network
 
 # What a fresh file system may hold before anybody has used it.
 _HARMLESS_NAMES = {"lost+found"}
@@ -46,7 +47,7 @@ class LockedDirectory:
 
 def take(directory: Path) -> LockedDirectory:
     """Raises StateInUse, NewerFormat, UnsuitableState; CacheFailed when the disk refuses."""
-    refuse_network_file_system(directory, what="cache directory")
+    refuse_network(directory, what="cache")
     paths = layout.Paths(directory)
     try:
         _check_ours(paths)

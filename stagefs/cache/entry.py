@@ -403,7 +403,6 @@ class ObjectFile(Entry):
             disk_bytes = allocated_bytes(os.fstat(self.fd))
             self._ledger.add_used(disk_bytes - self._accounted_bytes)
             self._accounted_bytes = disk_bytes
-        # Outside the lock: this may wait for the index, and the trio thread may want the lock.
         self._ledger.note_growing(self)
 
     def _order(self) -> "deque[Arrival]":

@@ -113,10 +113,10 @@ class Eviction:
         return freed
 
     def _choose_used(self, plan: Plan, wanted_bytes: int) -> int:
-        """Entries that were used since the index was written: newer than all the others."""
+        """Entries used, or new, since the index was written: newer than all the others."""
         freed = 0
         for key, _ in sorted(plan.used_at.items(), key=lambda used: used[1]):
-            row = self._ledger.index.row(bytes.fromhex(key))
+            row = self._ledger.growing_row(key) or self._ledger.index.row(bytes.fromhex(key))
             if row is not None:
                 freed += self._choose(plan, row)
             if freed >= wanted_bytes:

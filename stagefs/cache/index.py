@@ -2,7 +2,7 @@
 
 Never the truth: files and segments are.  It may be deleted at any time and is then rebuilt
 from them (rebuild.py).  What it must not lose while it is there is a *row for every file*,
-or a file would never be evicted: a row is written before its file gets its name.
+or a file would never be evicted: what it does not know yet is in the journal (journal.py).
 
 Concurrency: one connection for writing, used under a lock by worker threads; one for
 reading that only the event loop's thread uses (``place_of``), which write-ahead logging
@@ -22,8 +22,7 @@ from stagefs.errors import CacheFailed
 
 INDEX_FORMAT = 1
 
-# `segment` 0 is an object's own file.  `growing` marks rows whose bytes may have changed since
-# they were written: the next open looks at these files, and at no others.
+# `segment` 0 is an object's own file.
 _SCHEMA = """
 CREATE TABLE entries (
     id INTEGER PRIMARY KEY,
@@ -35,15 +34,13 @@ CREATE TABLE entries (
     cached_bytes INTEGER NOT NULL,
     segment INTEGER NOT NULL,
     offset INTEGER NOT NULL,
-    used_at INTEGER NOT NULL,
-    growing INTEGER NOT NULL
+    used_at INTEGER NOT NULL
 );
 CREATE VIEW listed AS SELECT
     id, key, url, version, size_bytes, disk_bytes, cached_bytes, segment, offset, used_at
     FROM entries;
 CREATE INDEX entries_by_use ON entries (used_at);
 CREATE INDEX entries_by_segment ON entries (segment) WHERE segment > 0;
-CREATE INDEX entries_growing ON entries (key) WHERE growing = 1;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO facts VALUES ('entries', 0), ('disk_bytes', 0), ('cached_bytes', 0);
 CREATE TRIGGER entries_insert AFTER INSERT ON entries BEGIN
@@ -66,11 +63,11 @@ END;
 """
 
 _INSERT = """INSERT INTO entries (key, url, version, size_bytes, disk_bytes, cached_bytes, segment,
-    offset, used_at, growing) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    offset, used_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _REPLACE = """ ON CONFLICT (key) DO UPDATE SET size_bytes = excluded.size_bytes,
     disk_bytes = excluded.disk_bytes, cached_bytes = excluded.cached_bytes,
     segment = excluded.segment, offset = excluded.offset,
-    used_at = max(used_at, excluded.used_at), growing = excluded.growing"""
+    used_at = max(used_at, excluded.used_at)"""
 
 _SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 
@@ -222,11 +219,6 @@ class Index:
                 raise
             self._writer.execute("COMMIT")
 
-    def grow(self, row: IndexRow) -> None:
-        """Say that this entry's bytes are changing: from now on the next open looks at it."""
-        with self._transaction() as connection:
-            connection.execute(f"{_INSERT} ON CONFLICT (key) DO UPDATE SET growing = 1", (*row, 1))
-
     def apply(
         self,
         *,
@@ -238,7 +230,7 @@ class Index:
         """One transaction: removed rows go, then rows come, then recency and facts are set."""
         with self._transaction() as connection:
             connection.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in removed])
-            connection.executemany(_INSERT + _REPLACE, [(*row, 0) for row in rows])
+            connection.executemany(_INSERT + _REPLACE, rows)
             connection.executemany(
                 "UPDATE entries SET used_at = ? WHERE key = ?", [(at, key) for key, at in used]
             )
@@ -247,7 +239,7 @@ class Index:
     def add_missing(self, rows: Sequence[IndexRow]) -> None:
         """Insert those rows of which there is none yet (for a rebuild)."""
         with self._transaction() as connection:
-            connection.executemany(f"{_INSERT} ON CONFLICT DO NOTHING", [(*row, 0) for row in rows])
+            connection.executemany(f"{_INSERT} ON CONFLICT DO NOTHING", rows)
 
     def finish_rebuild(self) -> None:
         self.apply(facts=[("complete", 1)])
@@ -276,13 +268,6 @@ class Index:
         with self._lock, _translated("read"):
             found = self._writer.execute(
                 "SELECT * FROM listed WHERE segment = ?", (number,)
-            ).fetchall()
-        return [IndexRow(*row[1:]) for row in found]
-
-    def growing_rows(self) -> list[IndexRow]:
-        with self._lock, _translated("read"):
-            found = self._writer.execute(
-                "SELECT * FROM listed WHERE id IN (SELECT id FROM entries WHERE growing = 1)"
             ).fetchall()
         return [IndexRow(*row[1:]) for row in found]
 

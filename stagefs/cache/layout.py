@@ -6,6 +6,7 @@ power cut loses.  Any change to what is written raises FORMAT (a test holds the 
 
     CACHEDIR.TAG, version, lock        a cache directory, its format, its daemon
     index.sqlite                       derived (index.py): may be deleted at any time
+    growing.<n>                        which entries the index has to catch up with (journal.py)
     leases.sqlite                      pins and leases (leases.py): not derived
     objects/ab/<key>                   one object: data, trailer
     incoming/<key>.<n>                 the same before its first chunk is committed

@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from stagefs.cache.index import Index, IndexRow, Place, segment_end
+from stagefs.cache.journal import GrowthJournal
 from stagefs.cache.layout import Paths
 from stagefs.errors import CacheFailed
 
@@ -60,6 +61,7 @@ class Ledger:
     def __init__(
         self, paths: Paths, index: Index, *, used_bytes: int, clock: Callable[[], float] = time.time
     ) -> None:
+        """Raises OSError."""
         self.paths = paths
         self.index = index
         self.clock = clock
@@ -69,6 +71,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._used_bytes = used_bytes
         self._counters = Counters()
+        self._journal = GrowthJournal(paths.directory)
         self._growing: dict[str, Growing] = {}
         self._removed: set[str] = set()
         self._used_at: dict[str, int] = {}
@@ -113,25 +116,29 @@ class Ledger:
     # Names.
 
     def place(self, entry: Growing, incoming: str) -> None:
-        """Give the file of an entry its name.  The row first: a row without a file is noticed,
-        a file without a row would stay for ever.  Raises CacheFailed, OSError."""
-        row = entry.index_row()
-        if row is None:
-            return
-        self.index.grow(row)
-        name = self.paths.object_file(entry.key)
+        """Give the file of an entry its name.  Word of it first: a file that nobody knows of
+        would stay for ever.  Raises OSError."""
+        key = entry.key
+        with self._lock:
+            self._note(entry)
+        name = self.paths.object_file(key)
         with self.names:
             try:
                 os.rename(incoming, name)
             except FileNotFoundError:
                 os.makedirs(os.path.dirname(name), mode=0o700, exist_ok=True)
                 os.rename(incoming, name)
-            self.leaving.discard(entry.key)
+            self.leaving.discard(key)
             with self._lock:
-                self._removed.discard(entry.key)
-                # The next flush writes the row again, should a removal have taken it with it.
-                self._growing[entry.key] = entry
-        self._note_refetch(entry.key, -1)
+                # A flush that took away the row of an earlier file of this key writes it again.
+                self._removed.discard(key)
+                self._note(entry)
+        self.note_refetch(key)
+
+    def _note(self, entry: Growing) -> None:
+        if entry.key not in self._growing:
+            self._journal.note(entry.key)
+            self._growing[entry.key] = entry
 
     def unplace(self, key: str) -> None:
         """Take the name away; whoever has the file open keeps it.  Cheap: frees no blocks while
@@ -148,16 +155,20 @@ class Ledger:
             self._growing.pop(key, None)
 
     def note_growing(self, entry: Growing) -> None:
-        """Say that an entry's bytes have changed.  The first time after a flush the index is told
-        at once, so that a daemon that is killed leaves word which files to look at."""
-        key = entry.key
-        with self._lock:
-            if key in self._growing:
-                return
-            self._growing[key] = entry
-        row = entry.index_row()
-        if row is not None:
-            self.tolerate(lambda: self.index.grow(row))
+        """Say that an entry's bytes have changed."""
+        if entry.key in self._growing:
+            return
+        try:
+            with self._lock:
+                self._note(entry)
+        except OSError as exc:
+            self.count("index_failures")
+            logger.warning("the cache's journal cannot be written: %s", exc)
+
+    def growing_row(self, key: str) -> IndexRow | None:
+        """The row of an entry that the index may not know yet."""
+        entry = self._growing.get(key)
+        return None if entry is None else entry.index_row()
 
     def write_records(self, rows: Sequence[IndexRow], *, end: Place) -> None:
         """Tell the index of records appended up to ``end``.  Raises CacheFailed."""
@@ -181,6 +192,7 @@ class Ledger:
         touched = [(bytes.fromhex(key), at) for key, at in list(used.items())]
         with self._lock:
             growing, self._growing = self._growing, {}
+            finished = self._journal.begin() if growing else []
         written = {key: row for key, entry in growing.items() if (row := entry.index_row())}
         with self._lock:
             removed, self._removed = self._removed, set()
@@ -189,11 +201,18 @@ class Ledger:
             return
         gone = [bytes.fromhex(key) for key in removed]
         if self.tolerate(lambda: self.index.apply(rows=rows, used=touched, removed=gone)):
+            with self._lock:
+                self._journal.forget(finished)
             return
         with self._lock:
             self._removed |= removed - self._growing.keys()
             self._growing = growing | self._growing
         self._used_at = used | self._used_at
+
+    def close(self) -> None:
+        self.flush()
+        with self._lock:
+            self._journal.close()
 
     # Thrash.
 
@@ -205,11 +224,9 @@ class Ledger:
             if len(self._evictions) > _EVICTIONS_REMEMBERED_MAX:
                 self._evictions.popitem(last=False)
 
-    def note_refetch(self, key: str, chunk: int) -> None:
-        if self._evictions:
-            self._note_refetch(key, chunk)
-
-    def _note_refetch(self, key: str, chunk: int) -> None:
+    def note_refetch(self, key: str, chunk: int = -1) -> None:
+        if not self._evictions:
+            return
         with self._lock:
             evicted_at = self._evictions.pop((key, chunk), None)
             if evicted_at is not None and self.clock() - evicted_at < THRASH_WINDOW_S:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from stagefs.cache import layout
 from stagefs.cache.file_system import allocated_bytes
 from stagefs.cache.index import Index, IndexRow
+from stagefs.cache.journal import forget_noted, keys_noted
 from stagefs.cache.layout import open_file
 from stagefs.cache.packed import record_row, scan
 from stagefs.errors import DamagedEntry
@@ -179,27 +180,43 @@ def _all_rows(paths: layout.Paths) -> Iterator[IndexRow | Damage]:
 
 def reconcile(index: Index, paths: layout.Paths) -> None:
     """At start: look at what changed after the last flush of a daemon that was killed, which
-    is the files it was filling and the end of the segment it was writing.  Raises CacheFailed."""
+    is the files it was filling and the end of the segment it was writing.  Raises CacheFailed,
+    OSError."""
     if not index.is_complete:
         if not any(segment_files(paths)) and not any(object_files(paths)):
             index.finish_rebuild()
         return
     rows: list[IndexRow] = []
     removed: list[bytes] = []
-    for row in index.growing_rows():
-        key = row.key.hex()
+    for key in keys_noted(paths.directory):
         path = Path(paths.object_file(key))
         try:
-            rows.append(read_object(path, key).row(key)._replace(used_at=row.used_at))
+            rows.append(read_object(path, key).row(key))
         except FileNotFoundError:
-            removed.append(row.key)
+            removed.append(bytes.fromhex(key))
         except (DamagedEntry, OSError):
             # Counted when it is asked for; until then it can be evicted.
             with contextlib.suppress(OSError):
-                rows.append(row._replace(disk_bytes=allocated_bytes(path.lstat())))
+                rows.append(_row_of_damaged(key, path))
     rows += _unindexed_records(index, paths)
     if rows or removed:
         index.apply(rows=rows, removed=removed)
+    forget_noted(paths.directory)
+
+
+def _row_of_damaged(key: str, path: Path) -> IndexRow:
+    status = path.lstat()
+    return IndexRow(
+        key=bytes.fromhex(key),
+        url=b"",
+        version=b"",
+        size_bytes=0,
+        disk_bytes=allocated_bytes(status),
+        cached_bytes=0,
+        segment=0,
+        offset=0,
+        used_at=int(status.st_mtime * 1000),
+    )
 
 
 def _unindexed_records(index: Index, paths: layout.Paths) -> Iterator[IndexRow]:

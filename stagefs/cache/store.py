@@ -36,8 +36,6 @@ from stagefs.cache.packed import (
 from stagefs.errors import CacheFailed, DamagedEntry
 from stagefs.model import CHUNK_BYTES, MIB, Checksum, ObjectId
 
-# Room is made above the high mark, down to the low one, in shares of the capacity.
-_HIGH_MARK, _LOW_MARK = 0.95, 0.90
 _FREE_FLOOR_SHARE, _FREE_FLOOR_BYTES_MAX = 0.02, 512 * MIB
 SMALL_OBJECT_BYTES_MAX = 64 << 10
 
@@ -66,12 +64,16 @@ class Cache:
         capacity_bytes: int,
         chunk_bytes: int,
         free_floor_bytes: int,
+        high_mark: float,
+        low_mark: float,
         clock: Callable[[], float],
     ) -> None:
         """Use ``open``.  Raises CacheFailed, OSError."""
         self.capacity_bytes = capacity_bytes
         self.chunk_bytes = chunk_bytes
         self.free_floor_bytes = free_floor_bytes
+        self.high_mark = high_mark
+        self.low_mark = low_mark
         self._locked: directory.LockedDirectory | None = locked
         self._paths = locked.paths
         self._index = index
@@ -93,10 +95,13 @@ class Cache:
         capacity_bytes: int,
         chunk_bytes: int = CHUNK_BYTES,
         free_floor_bytes: int | None = None,
+        high_mark: float = 0.95,
+        low_mark: float = 0.90,
         clock: Callable[[], float] = time.time,
     ) -> "Cache":
         """Take the directory and open what is in it, without a scan.  Worker.
 
+        Room is made above ``high_mark``, down to ``low_mark`` (shares of the capacity).
         ``chunk_bytes`` (a power of two) is for new entries; old ones keep theirs.
         ``free_floor_bytes`` of the file system stay free: by default 2 %, at most 512 MiB.
         Raises StateInUse, NewerFormat, UnsuitableState; CacheFailed when the disk is at fault
@@ -123,6 +128,8 @@ class Cache:
                     capacity_bytes=capacity_bytes,
                     chunk_bytes=chunk_bytes,
                     free_floor_bytes=free_floor_bytes,
+                    high_mark=high_mark,
+                    low_mark=low_mark,
                     clock=clock,
                 )
             except OSError as exc:
@@ -135,7 +142,7 @@ class Cache:
         if self._locked is None:
             return
         self._stop.set()
-        self.flush_index()
+        self._ledger.close()
         with contextlib.suppress(CacheFailed):
             self._index.close()
         self._leases.close()
@@ -258,6 +265,7 @@ class Cache:
             ledger=self._ledger,
             incoming=incoming,
         )
+        self._ledger.note_use(key, entry.used_at)
         self._entries.add(entry)
         return entry
 
@@ -330,7 +338,7 @@ class Cache:
     def over_capacity(self) -> bool:
         """Whether room should be made: above the high mark, or below the free-space floor."""
         return (
-            self.used_bytes > self.capacity_bytes * _HIGH_MARK
+            self.used_bytes > self.capacity_bytes * self.high_mark
             or self._free_bytes() < self.free_floor_bytes
         )
 
@@ -344,7 +352,7 @@ class Cache:
     def plan_room(self, extra_bytes: int = 0) -> Plan | None:
         """Choose what goes so that use falls to the low mark less ``extra_bytes``; None when
         nothing needs to, or can.  Trio thread.  Then ``carry_out`` in a worker."""
-        target_bytes = int(self.capacity_bytes * _LOW_MARK)
+        target_bytes = int(self.capacity_bytes * self.low_mark)
         wanted_bytes = max(
             self.used_bytes + extra_bytes - target_bytes,
             self.free_floor_bytes + extra_bytes - self._free_bytes(),
