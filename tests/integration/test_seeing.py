@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from tests.support.cache_files import flip, object_file
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted
 from tests.support.served import HttpServed, content
@@ -100,22 +100,3 @@ def test_verify_on_a_live_daemon_finds_damage(mount: Mounted, data: bytes) -> No
     done = mount.cache("verify", check=False)
     assert done.returncode == 1, done
     assert mount.read("staging/large") == data
-
-
-def object_file(cache: Path, size_bytes: int) -> Path:
-    """The file of the one object of that size: data first, a small trailer behind."""
-    found = [
-        path
-        for path in (cache / "objects").rglob("*")
-        if path.is_file() and size_bytes < path.stat().st_size < size_bytes + (64 << 10)
-    ]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0x10]))

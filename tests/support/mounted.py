@@ -29,6 +29,8 @@ class Mounted:
     state: Path
     environment: Mapping[str, str]
     options: tuple[str, ...]
+    child: subprocess.Popen[bytes] | None = None
+    """The supervisor, where a test started it itself."""
     rough_end: bool = False
     """Set by tests that break the mount on purpose: a failing umount is no failure then."""
 
@@ -44,6 +46,31 @@ class Mounted:
             environment=self.environment,
             check=check,
         )
+
+    def mount_without_resend(self) -> None:
+        """As on a kernel before 6.9: the supervisor of `stagefs mount` with one more option."""
+        self.mount()
+        top = next(p for p in self.programs() if p.pid == self.supervisor())
+        self.umount()
+        reader, writer = os.pipe()
+        words = top.command.copy()
+        words[words.index("--ready-fd") + 1] = str(writer)
+        words.insert(words.index("--"), "--no-resend")
+        log = self.state / "no-resend.log"
+        with os.fdopen(reader, "rb") as said, log.open("wb") as output:
+            self.child = subprocess.Popen(
+                self.identity.words(words),
+                cwd="/",
+                env=self.identity.environment(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writer],
+                start_new_session=True,
+            )
+            os.close(writer)
+            line = said.readline()
+        assert json.loads(line)["ready"], log.read_text()
 
     def umount(self, *, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         done = self.stagefs("umount", self.point, check=check)
@@ -152,6 +179,8 @@ class Mounted:
                 mount = kernel.mount_at(self.point)
             for program in kernel.programs_naming(self.state):
                 kernel.end(program)
+            if self.child is not None:
+                self.child.wait(20)
 
     def _placed(self, command: tuple[str | Path, ...]) -> list[str | Path]:
         return [

@@ -38,6 +38,8 @@ class Served(Protocol):
         """Store (or replace) an object; returns its URL."""
         ...
 
+    def remove(self, name: str) -> None: ...
+
     def url(self, name: str) -> str: ...
 
     def bytes_sent(self) -> int:
@@ -70,6 +72,9 @@ class ServedFiles(abc.ABC):
         fresh.write_bytes(data)
         fresh.rename(path)
         return self.url(name)
+
+    def remove(self, name: str) -> None:
+        (self.objects / name).unlink()
 
     def put_sparse(self, name: str, size_bytes: int, tail: bytes) -> str:
         """Zeros that take no room, and then ``tail``."""
