@@ -21,6 +21,7 @@ from tests.support.nginx import running_nginx
 from tests.support.served import HttpServed, Served, serving
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
+FIGURES = pytest.StashKey[list[str]]()
 # The watchdog ends what hangs a test shortly before pytest-timeout interrupts the test itself,
 # which a test that waits inside a system call on a dead mount would not notice.
 WATCHDOG_SHARE = 0.9
@@ -30,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = Path(tempfile.mkdtemp(prefix="sft."))
     directory.chmod(0o755)
     config.stash[SESSION_DIRECTORY] = directory
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for line in config.stash[FIGURES]:
+        terminalreporter.write_line(f"figure: {line}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -93,6 +102,16 @@ def identity(request: pytest.FixtureRequest, all_identities: dict[str, Identity]
 def anybody(all_identities: dict[str, Identity]) -> Identity:
     """Who mounts, for tests that have nothing to say about users: whoever runs the suite."""
     return next(iter(all_identities.values()))
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Notes a measured figure; all are printed at the end, for docs/VERIFIED.md."""
+
+    def note(text: str) -> None:
+        request.config.stash[FIGURES].append(f"{request.node.name}: {text}")
+
+    return note
 
 
 @pytest.fixture(scope="session")
