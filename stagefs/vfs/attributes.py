@@ -40,7 +40,7 @@ class Attributes:
             "source": node.object_id.url,
             "version": node.validator or node.object_id.version,
             "cached": str(cached),
-            "state": _state(node, cached),
+            "state": cached_state(node, cached),
         }
         if node.checksum is not None:
             values["checksum"] = str(node.checksum)
@@ -53,7 +53,8 @@ class Attributes:
         return values
 
 
-def _state(node: Node, cached: int) -> str:
+def cached_state(node: Node, cached: int) -> str:
+    """``cached``, ``partial`` or ``remote``, after how many bytes are cached."""
     if cached >= node.size_bytes:
         return "cached"
     return "partial" if cached else "remote"
