@@ -60,6 +60,8 @@ class Namespace:
         self._nodes: dict[int, Node] = {}
         self._names: dict[int, dict[str, int]] = {}
         self._names_count = 0
+        # Rises with every change that this process knows of.
+        self.edits = 0
         self._data_version = self._rows.one("PRAGMA data_version")
 
     @classmethod
@@ -86,6 +88,7 @@ class Namespace:
         return checkpoint(self._path)
 
     def refresh(self) -> None:
+        self.edits += 1
         self._nodes.clear()
         self._names.clear()
         self._names_count = 0
@@ -522,6 +525,7 @@ class Namespace:
             self._turn.give()
 
     def _forget(self, edit: Edit) -> None:
+        self.edits += 1
         for inode in edit.nodes_changed:
             self._nodes.pop(inode, None)
         for directory in edit.emptied:
