@@ -1,0 +1,233 @@
+"""SFTP version 3 as bytes: requests to send, answers to read.
+
+After draft-ietf-secsh-filexfer-02 and, for ``limits@openssh.com``, OpenSSH's PROTOCOL file.
+Only what reading needs.  Pure functions on bytes, without I/O and without state; used in the
+engine process only.  Everything a server sent may be wrong: each parser raises ProtocolError
+instead of believing it.
+"""
+
+import enum
+import stat
+import struct
+from typing import NamedTuple
+
+PROTOCOL_VERSION = 3
+# OpenSSH refuses larger packets (SFTP_MAX_MSG_LENGTH); no answer to a request of ours is larger.
+PACKET_BYTES_MAX = 256 << 10
+# What a server without limits@openssh.com must be able to send (section 3 of the draft).
+READ_BYTES_UNLIMITED = 32 << 10
+READ_BYTES_MAX = 255 << 10
+LIMITS_EXTENSION = b"limits@openssh.com"
+
+HEADER = struct.Struct(">IBI")
+"""Length of what follows the length field, type, request id."""
+
+
+class Kind(enum.IntEnum):
+    """Packet types (SSH_FXP_*)."""
+
+    INIT = 1
+    VERSION = 2
+    OPEN = 3
+    CLOSE = 4
+    READ = 5
+    FSTAT = 8
+    OPENDIR = 11
+    READDIR = 12
+    STAT = 17
+    STATUS = 101
+    HANDLE = 102
+    DATA = 103
+    NAME = 104
+    ATTRS = 105
+    EXTENDED = 200
+    EXTENDED_REPLY = 201
+
+
+class Status(enum.IntEnum):
+    """Error codes (SSH_FX_*)."""
+
+    OK = 0
+    EOF = 1
+    NO_SUCH_FILE = 2
+    PERMISSION_DENIED = 3
+    FAILURE = 4
+    BAD_MESSAGE = 5
+    NO_CONNECTION = 6
+    CONNECTION_LOST = 7
+    OP_UNSUPPORTED = 8
+
+
+class ProtocolError(Exception):
+    """The server sent what SFTP does not allow.  The session cannot go on."""
+
+
+class Attributes(NamedTuple):
+    """What a server says of a file; None for what it leaves out.  ``mode`` has the file type."""
+
+    size: int | None
+    mode: int | None
+    mtime_s: int | None
+
+    @property
+    def is_regular(self) -> bool:
+        return self.mode is None or stat.S_IFMT(self.mode) in (stat.S_IFREG, 0)
+
+    @property
+    def is_directory(self) -> bool:
+        return self.mode is not None and stat.S_ISDIR(self.mode)
+
+    @property
+    def is_symlink(self) -> bool:
+        return self.mode is not None and stat.S_ISLNK(self.mode)
+
+    @property
+    def validator(self) -> str:
+        """Fixes the content as far as SFTP v3 can tell: its times are whole seconds."""
+        return f"mtime:{self.mtime_s or 0}:{self.size or 0}"
+
+
+class Limits(NamedTuple):
+    read_bytes: int
+    open_handles: int
+
+
+_ATTRIBUTE_SIZE = 0x1
+_ATTRIBUTE_UIDGID = 0x2
+_ATTRIBUTE_PERMISSIONS = 0x4
+_ATTRIBUTE_TIMES = 0x8
+_ATTRIBUTE_EXTENDED = 0x80000000
+_U32 = struct.Struct(">I")
+_U64 = struct.Struct(">Q")
+# All that OpenSSH sends: flags, size, uid, gid, permissions, atime, mtime.
+_ALL_ATTRIBUTES = struct.Struct(">IQIIIII")
+_ALL_FLAGS = 0xF
+_OPEN_READ = 0x1
+
+
+# Requests
+
+
+def initialize() -> bytes:
+    return struct.pack(">IBI", 5, Kind.INIT, PROTOCOL_VERSION)
+
+
+def open_for_reading(request: int, path: bytes) -> bytes:
+    length = len(path)
+    head = struct.pack(">IBII", 17 + length, Kind.OPEN, request, length)
+    return head + path + struct.pack(">II", _OPEN_READ, 0)
+
+
+def on_path(kind: Kind, request: int, path: bytes) -> bytes:
+    """STAT or OPENDIR."""
+    return struct.pack(">IBII", 9 + len(path), kind, request, len(path)) + path
+
+
+def on_handle(kind: Kind, request: int, handle: bytes) -> bytes:
+    """FSTAT, READDIR or CLOSE."""
+    return struct.pack(">IBII", 9 + len(handle), kind, request, len(handle)) + handle
+
+
+def read(request: int, handle: bytes, offset: int, length: int) -> bytes:
+    head = struct.pack(">IBII", 21 + len(handle), Kind.READ, request, len(handle))
+    return head + handle + struct.pack(">QI", offset, length)
+
+
+def extended(request: int, name: bytes) -> bytes:
+    return struct.pack(">IBII", 9 + len(name), Kind.EXTENDED, request, len(name)) + name
+
+
+# Answers: ``body`` is what follows the request id.
+
+
+def string(body: memoryview, at: int = 0) -> tuple[bytes, int]:
+    """A string and the position behind it."""
+    try:
+        (length,) = _U32.unpack_from(body, at)
+    except struct.error as exc:
+        raise ProtocolError("a packet ends within a string's length") from exc
+    stop = at + 4 + length
+    if stop > len(body):
+        raise ProtocolError("a string is longer than its packet")
+    return bytes(body[at + 4 : stop]), stop
+
+
+def status(body: memoryview) -> tuple[int, str]:
+    """Error code and message.  Some servers leave the message out."""
+    try:
+        (code,) = _U32.unpack_from(body)
+    except struct.error as exc:
+        raise ProtocolError("a status without a code") from exc
+    message = string(body, 4)[0] if len(body) > 4 else b""
+    return code, message.decode("utf-8", "replace")
+
+
+def attributes(body: memoryview, at: int = 0) -> tuple[Attributes, int]:
+    """Attributes and the position behind them."""
+    try:
+        (flags,) = _U32.unpack_from(body, at)
+        if flags == _ALL_FLAGS:
+            _, size, _, _, mode, _, mtime = _ALL_ATTRIBUTES.unpack_from(body, at)
+            return Attributes(size, mode, mtime), at + _ALL_ATTRIBUTES.size
+        return _some_attributes(body, at + 4, flags)
+    except struct.error as exc:
+        raise ProtocolError("a packet ends within attributes") from exc
+
+
+def _some_attributes(body: memoryview, at: int, flags: int) -> tuple[Attributes, int]:
+    size = mode = mtime = None
+    if flags & _ATTRIBUTE_SIZE:
+        (size,) = _U64.unpack_from(body, at)
+        at += 8
+    if flags & _ATTRIBUTE_UIDGID:
+        at += 8
+    if flags & _ATTRIBUTE_PERMISSIONS:
+        (mode,) = _U32.unpack_from(body, at)
+        at += 4
+    if flags & _ATTRIBUTE_TIMES:
+        (mtime,) = _U32.unpack_from(body, at + 4)
+        at += 8
+    if flags & _ATTRIBUTE_EXTENDED:
+        (pairs,) = _U32.unpack_from(body, at)
+        at += 4
+        for _ in range(2 * pairs):
+            _, at = string(body, at)
+    return Attributes(size, mode, mtime), at
+
+
+def names(body: memoryview) -> list[tuple[bytes, Attributes]]:
+    """The entries of one READDIR answer."""
+    try:
+        (count,) = _U32.unpack_from(body)
+    except struct.error as exc:
+        raise ProtocolError("a listing without a count") from exc
+    entries = []
+    at = 4
+    for _ in range(count):
+        name, at = string(body, at)
+        _, at = string(body, at)  # the "long name", a line as of ls -l for people
+        found, at = attributes(body, at)
+        entries.append((name, found))
+    return entries
+
+
+def extensions(body: memoryview) -> dict[bytes, bytes]:
+    """The extensions that a VERSION answer announces (``body`` begins behind the version)."""
+    found = {}
+    at = 0
+    while at < len(body):
+        name, at = string(body, at)
+        found[name], at = string(body, at)
+    return found
+
+
+def limits(body: memoryview) -> Limits:
+    """The answer to ``limits@openssh.com``; 0 means unlimited there."""
+    try:
+        packet, reading, _, handles = struct.unpack_from(">QQQQ", body)
+    except struct.error as exc:
+        raise ProtocolError("a limits answer that is too short") from exc
+    read_bytes = min(reading or READ_BYTES_MAX, READ_BYTES_MAX)
+    if packet:
+        read_bytes = min(read_bytes, max(packet - 1024, READ_BYTES_UNLIMITED))
+    return Limits(read_bytes=read_bytes, open_handles=handles)
