@@ -17,6 +17,7 @@ import trio
 
 from stagefs.errors import ObjectChanged, StageFSError
 from stagefs.model import MIB, Checksum, Inode, ObjectId, Span
+from stagefs.namespace.node import Node
 from stagefs.objects.readahead import ReadAhead
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
@@ -251,12 +252,17 @@ class Shared:
 
 
 class OpenObject:
-    """One open file handle on an object."""
+    """One open file handle on a node's object.
 
-    __slots__ = ("ahead", "content")
+    Its content is opened by the first read that reaches the daemon: most handles on a warm file
+    are served from the kernel's page cache and never come here.
+    """
 
-    def __init__(self, content: Content, ahead: ReadAhead) -> None:
-        self.content = content
+    __slots__ = ("ahead", "content", "node")
+
+    def __init__(self, node: Node, ahead: ReadAhead) -> None:
+        self.node = node
+        self.content: Content | None = None
         self.ahead = ahead
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
@@ -264,9 +270,9 @@ class OpenObject:
 
         The answer is valid until the next call (any handle's).
         """
-        if offset >= self.ahead.trigger:
-            return None
         content = self.content
+        if content is None or offset >= self.ahead.trigger:
+            return None
         entry = content.serving
         if entry is None:
             return None

@@ -4,6 +4,7 @@ Trio thread only.  An entry is held in the cache for as long as its content is i
 """
 
 import collections
+import itertools
 import logging
 
 from stagefs.cache.entry import Entry
@@ -66,7 +67,8 @@ class Contents:
                 content.checksum_proved |= content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
                 self._serve_from(content, entry)
         if len(self._by_key) > self._settings.open_objects_max:
-            self._close_idle(len(self._by_key) - self._settings.open_objects_max)
+            # Many at once: what cannot be closed is looked at again each time.
+            self._close_idle(len(self._by_key) // 8)
         return content
 
     def create(self, content: Content) -> None:
@@ -136,9 +138,6 @@ class Contents:
             entry.discard()
         content.wake_all()
 
-    def release(self, content: Content) -> None:
-        content.holds -= 1
-
     def close_idle(self) -> None:
         """Let go of what nobody uses, so that it can be evicted."""
         self._close_idle(len(self._by_key))
@@ -166,9 +165,6 @@ class Contents:
         self._let_go(content)
 
     def _close_idle(self, count: int) -> None:
-        for content in self.all():
-            if count <= 0:
-                return
-            if content.idle:
-                self._close(content)
-                count -= 1
+        idle = (content for content in self._by_key.values() if content.idle)
+        for content in list(itertools.islice(idle, count)):
+            self._close(content)

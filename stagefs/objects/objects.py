@@ -136,16 +136,23 @@ class Objects:
 
     def open(self, node: Node) -> OpenObject:
         """A handle on the node's object.  Contacts nobody."""
-        content = self._contents.of(node)
-        content.holds += 1
         ahead = ReadAhead(
             window_bytes_max=self._settings.window_bytes_max,
             seek_tolerance_bytes=self._settings.seek_tolerance_bytes,
         )
-        return OpenObject(content, ahead)
+        return OpenObject(node, ahead)
 
     def release(self, opened: OpenObject) -> None:
-        self._contents.release(opened.content)
+        content, opened.content = opened.content, None
+        if content is not None:
+            content.holds -= 1
+
+    def _content(self, opened: OpenObject) -> Content:
+        content = opened.content
+        if content is None:
+            content = opened.content = self._contents.of(opened.node)
+            content.holds += 1
+        return content
 
     def confirmed(self, node: Node) -> None:
         """The remote says that the node's version is what it has."""
@@ -162,10 +169,10 @@ class Objects:
         Raises DeadlineExceeded after ``read_deadline_s``; ObjectChanged when the remote no longer
         has this version; AccessDenied, ObjectMissing, RemoteError as the remote says.
         """
-        content = opened.content
-        length = min(size, content.size_bytes - offset)
+        length = min(size, opened.node.size_bytes - offset)
         if length <= 0:
             return b""
+        content = self._content(opened)
         span = Span(offset, length)
         self.counters.reads_slow += 1
         with trio.move_on_after(self._settings.read_deadline_s):
@@ -320,7 +327,7 @@ class Objects:
         if not node.size_bytes:
             return
         opened = self.open(node)
-        content = opened.content
+        content = self._content(opened)
         try:
             while True:
                 await self._preparing.entry(content)

@@ -24,6 +24,7 @@ from stagefs.errors import (
 )
 from stagefs.model import ObjectInfo, Span
 from stagefs.remote.batch import not_the_version, shorter
+from stagefs.remote.versions import is_version
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 RETRY_AFTER_S_MAX = 3600.0
@@ -63,18 +64,8 @@ def strong_etag(validator: str | None) -> str | None:
 
 def check_version(info: ObjectInfo, validator: str | None) -> None:
     """Raises ObjectChanged when an answer is not about the version that was asked for."""
-    if validator is None or info.validator == validator:
+    if validator is None or is_version(info, validator):
         return
-    if validator.startswith("modified:"):
-        _, modified, size, tag = validator.split(":", 3)
-        found = "" if info.mtime_ns is None else str(info.mtime_ns // 1_000_000_000)
-        found_tag = (
-            info.validator.split(":", 3)[3] if info.validator.startswith("modified:") else ""
-        )
-        if (modified, size) == (found, str(info.size_bytes)) and (
-            not tag or not found_tag or tag == found_tag
-        ):
-            return
     raise not_the_version(info.url, validator, info.validator)
 
 

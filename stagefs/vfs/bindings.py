@@ -93,12 +93,30 @@ class Bindings:
                     return
                 raise known[0]
             del self._failed_until[bound.inode]
+        shared = self._refreshing(bound)
+        if not bound.listed_ns:
+            await self._soon(bound, shared)
+
+    async def confirmed(self, bound: Node) -> None:
+        """Return when the listing of ``bound`` is not older than its time to live, or cannot be had
+        now.  For an open that must see a new version: one question for all files in it."""
+        known = self._failed_until.get(bound.inode)
+        if self.fresh(bound) or (known is not None and trio.current_time() < known[1]):
+            return
+        await self._soon(bound, self._refreshing(bound))
+
+    def lists(self, bound: Node) -> bool:
+        """Whether the remote can list the directory, as far as is known."""
+        return bound.inode not in self._unlistable
+
+    def _refreshing(self, bound: Node) -> Shared:
         shared = self._on_the_way.get(bound.inode)
         if shared is None:
             shared = self._on_the_way[bound.inode] = Shared()
             self._nursery.start_soon(self._refresh, bound, shared)
-        if bound.listed_ns:
-            return
+        return shared
+
+    async def _soon(self, bound: Node, shared: Shared) -> None:
         with trio.move_on_after(self._read.answer_deadline_s):
             await shared.wait()
             return

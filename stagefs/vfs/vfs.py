@@ -35,6 +35,7 @@ from stagefs.objects.content import OpenObject
 from stagefs.objects.objects import Objects
 from stagefs.objects.staged import staged_from
 from stagefs.remote.url import SCHEMES
+from stagefs.remote.versions import is_version
 from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.bindings import Bindings
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME, VirtualFiles
@@ -192,20 +193,36 @@ class Vfs:
         """Ask whether the remote still has this version.  One that does not answer changes
         nothing: what is cached stays readable, what is not fails when it is read."""
         assert node.object_id is not None
-        answer: ObjectInfo | None = None
+        assert node.validator is not None
         try:
+            if await self._confirmed_by_listing(node):
+                return
             answer = await self._objects.stat_soon(node.object_id.url)
         except StageFSError as error:
             self._objects.errors.note(node.object_id.key, error)
-        if answer is None or answer.validator == node.validator or node.checksum is not None:
-            if answer is not None:
-                self._objects.confirmed(node)
+            self._namespace.touch_checked(node.inode, time.time_ns())
+            return
+        if is_version(answer, node.validator) or node.checksum is not None:
+            self._objects.confirmed(node)
             self._namespace.touch_checked(node.inode, time.time_ns())
             return
         self._namespace.supersede(
             node.inode, staged_from(answer, default_mode=self._settings.default_file_mode)
         )
         raise RepeatLookup(f"{node.object_id.url} has a newer version.")
+
+    async def _confirmed_by_listing(self, node: Node) -> bool:
+        """Whether the listing of the bound directory that has the node settled the question."""
+        place = self._namespace.place(node.inode)
+        if place is None:
+            return False
+        bound = self._bindings.shown_by(self._namespace.node(place[0]))
+        if bound is None or not self._bindings.lists(bound):
+            return False
+        await self._bindings.confirmed(bound)
+        if self._namespace.node(node.inode).successor:
+            raise RepeatLookup(f"{self._path(node.inode)} has a newer version.")
+        return True
 
     async def read(self, handle: Handle, offset: int, size: int) -> memoryview | bytes:
         """At most ``size`` bytes; fewer only at the end.  See Objects.read for errors."""
