@@ -11,12 +11,14 @@ from typing import TypeAlias
 
 import pytest
 
-from tests.contract.subjects import FileSubject, HttpSubject, MemorySubject, Subject
+from tests.contract.subjects import FileSubject, HttpSubject, MemorySubject, S3Subject, Subject
 from tests.support.nginx import Nginx, running_nginx
+from tests.support.rgw import Rgw, available, running_rgw
 
-SUBJECTS = ("memory", "file", "http", "http_html")
+SUBJECTS = ("memory", "file", "http", "http_html", "s3")
 MakeSubject: TypeAlias = Callable[[], Subject]
 
+BUCKET = "contract"
 _places = (f"place{number}" for number in itertools.count())
 
 
@@ -31,6 +33,21 @@ async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
 @pytest.fixture(scope="session")
 def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     with running_nginx(tmp_path_factory.mktemp("nginx")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
+    if not available():
+        pytest.skip("Ceph's gateway is not installed: apt-get install radosgw ceph-mon ceph-osd")
+    with running_rgw(tmp_path_factory.mktemp("rgw")) as server:
+        server.make_bucket(BUCKET)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with running_sshd(tmp_path_factory.mktemp("sshd")) as server:
         yield server
 
 
@@ -55,3 +72,15 @@ def http_subject(nginx: Nginx) -> MakeSubject:
 def http_html_subject(nginx: Nginx) -> MakeSubject:
     """As most servers show directories: a page of links."""
     return lambda: HttpSubject(nginx, next(_places), location="html")
+
+
+@pytest.fixture
+def s3_subject(rgw: Rgw) -> MakeSubject:
+    return lambda: S3Subject(rgw, BUCKET, next(_places))
+
+
+@pytest.fixture
+def ssh_subject(sshd: Sshd, tmp_path: Path) -> MakeSubject:
+    top = tmp_path / "objects"
+    top.mkdir()
+    return lambda: SshSubject(sshd, top)

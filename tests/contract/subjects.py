@@ -6,9 +6,14 @@ To add a remote, write a Subject (put, put_sparse, remove, forbidden, urls) and 
 
 import abc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+import obstore
+
+from stagefs.config import SshSettings
 from stagefs.errors import AccessDenied
 from stagefs.model import GIB, MIB
 from stagefs.remote.base import Remote
@@ -16,9 +21,12 @@ from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.file import FileRemote
 from stagefs.remote.http import HttpRemote
 from stagefs.remote.memory import MemoryRemote
-from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.settings import Environment, RemoteSettings
+from stagefs.remote.store import StoreRemote
 from stagefs.remote.url import parse, quote_path
 from tests.support.nginx import Nginx
+from tests.support.sshd import Sshd
+from tests.support.rgw import Rgw
 
 # Short enough for tests that wait for them, long enough for a busy machine.
 SETTINGS = RemoteSettings(
@@ -157,6 +165,62 @@ class HttpSubject(_Files):
     def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
         self.put(name, data)
         return self.remote, self._server.url(f"{self._place}/{name}", location="private")
+
+
+class S3Subject:
+    """A bucket of Ceph's gateway; the directory is a prefix."""
+
+    large_bytes = 48 * MIB
+    odd_names = ODD_NAMES
+    # What is no key is missing; S3 has no directories.
+    directories_have_errors = False
+
+    def __init__(self, server: Rgw, bucket: str, place: str) -> None:
+        self._server, self._bucket, self._place = server, bucket, place
+        self._objects = server.bucket(bucket)
+        self.directory = f"s3://{bucket}/{place}"
+        self.remote = self._remote(server.environment)
+
+    def put(self, name: str, data: bytes) -> str:
+        obstore.put(self._objects, f"{self._place}/{name}", data)
+        return f"{self.directory}/{name}"
+
+    def put_large(self, name: str, tail: bytes) -> str:
+        return self.put(name, bytes(self.large_bytes - len(tail)) + tail)
+
+    def remove(self, name: str) -> None:
+        obstore.delete(self._objects, f"{self._place}/{name}")
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        wrong = {**self._server.environment, "AWS_SECRET_ACCESS_KEY": "another"}
+        return self._remote(wrong), self.put(name, data)
+
+    def _remote(self, environment: Mapping[str, str]) -> Remote:
+        settings = msgspec.structs.replace(SETTINGS, environment=Environment(environment))
+        return StoreRemote(f"s3://{self._bucket}", settings, CredentialStore(None))
+
+
+class SshSubject(_Files):
+    def __init__(
+        self, server: Sshd, top: Path, *, client: Literal["openssh", "paramiko"] = "openssh"
+    ) -> None:
+        super().__init__(top)
+        self._server = server
+        self.directory = server.url_of(top)
+        ssh = SshSettings(config=str(server.ssh_config), client=client)
+        settings = msgspec.structs.replace(SETTINGS, ssh=ssh)
+        self.remote = SshRemote(server.url, settings, CredentialStore(None))
+
+    def url(self, name: str) -> str:
+        return self._server.url_of(self.top / name)
+
+    def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
+        """See FileSubject: the server runs as the same user."""
+        if os.geteuid() == 0:
+            return self.remote, self._server.url_of("/proc/sys/net/ipv4/route/flush")
+        url = self.put(name, data)
+        (self.top / name).chmod(0)
+        return self.remote, url
 
 
 class MemorySubject:
