@@ -11,11 +11,19 @@ from typing import TypeAlias
 
 import pytest
 
-from tests.contract.subjects import FileSubject, HttpSubject, MemorySubject, S3Subject, Subject
+from tests.contract.subjects import (
+    FileSubject,
+    HttpSubject,
+    MemorySubject,
+    S3Subject,
+    SshSubject,
+    Subject,
+)
 from tests.support.nginx import Nginx, running_nginx
 from tests.support.rgw import Rgw, available, running_rgw
+from tests.support.sshd import Sshd, running_sshd
 
-SUBJECTS = ("memory", "file", "http", "http_html", "s3")
+SUBJECTS = ("memory", "file", "http", "http_html", "s3", "ssh")
 MakeSubject: TypeAlias = Callable[[], Subject]
 
 BUCKET = "contract"

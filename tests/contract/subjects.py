@@ -8,7 +8,7 @@ import abc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import obstore
@@ -22,11 +22,12 @@ from stagefs.remote.file import FileRemote
 from stagefs.remote.http import HttpRemote
 from stagefs.remote.memory import MemoryRemote
 from stagefs.remote.settings import Environment, RemoteSettings
+from stagefs.remote.ssh import SshRemote
 from stagefs.remote.store import StoreRemote
 from stagefs.remote.url import parse, quote_path
 from tests.support.nginx import Nginx
-from tests.support.sshd import Sshd
 from tests.support.rgw import Rgw
+from tests.support.sshd import Sshd
 
 # Short enough for tests that wait for them, long enough for a busy machine.
 SETTINGS = RemoteSettings(
