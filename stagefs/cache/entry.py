@@ -24,10 +24,9 @@ import threading
 from collections import deque
 from itertools import count
 
-import xxhash
-
 from stagefs.cache import layout
 from stagefs.cache.file_system import allocated_bytes, punch, read_fully, write_fully
+from stagefs.cache.hashing import slot_of
 from stagefs.cache.index import IndexRow
 from stagefs.cache.ledger import Ledger
 from stagefs.errors import CacheFailed
@@ -35,11 +34,9 @@ from stagefs.model import Checksum, ObjectId
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
 
-_BUFFER_BYTES = 1 << 20
 # One run of commits is punched as a whole; it is kept short so that order of arrival holds.
 _RUN_CHUNKS_MAX = 16
 _arrival_numbers = count(1)
-_buffers = threading.local()
 
 
 class OpenFile:
@@ -219,23 +216,8 @@ class Entry:
 
     def _hash_chunk(self, chunk: int) -> int:
         """The slot for what the file holds.  Raises OSError, also when the file is too short."""
-        length = self.chunk_length(chunk)
         offset = self.base + (chunk << self.chunk_shift)
-        buffer: memoryview | None = getattr(_buffers, "view", None)
-        if buffer is None:
-            buffer = _buffers.view = memoryview(bytearray(_BUFFER_BYTES))
-        if length <= _BUFFER_BYTES and os.preadv(self.fd, [buffer[:length]], offset) == length:
-            return layout.chunk_hash(buffer[:length])
-        digest = xxhash.xxh3_64()
-        done = 0
-        while done < length:
-            view = buffer[: min(_BUFFER_BYTES, length - done)]
-            got = os.preadv(self.fd, [view], offset + done)
-            if got == 0:
-                raise OSError(f"the file of chunk {chunk} ends at byte {offset + done}")
-            digest.update(view[:got])
-            done += got
-        return digest.intdigest() or 1
+        return slot_of(self.fd, offset, self.chunk_length(chunk))
 
     def _failed(self, exc: OSError) -> CacheFailed:
         reason = exc.strerror or str(exc)

@@ -106,14 +106,6 @@ class Totals(NamedTuple):
     cached_bytes: int
 
 
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise CacheFailed(f"the cache's index cannot be {what}: {exc}") from exc
-
-
 class Index:
     """All methods raise CacheFailed when SQLite does; then nothing of that call was done."""
 
@@ -122,7 +114,9 @@ class Index:
         whether every file has its row, or a rebuild must find them."""
         self._path = path
         self._lock = threading.Lock()
-        with _translated("opened"):
+        self._retired: list[sqlite3.Connection] = []
+        self.is_damaged = False
+        with self._translated("opened"):
             try:
                 self._writer = self._connect()
                 self._check()
@@ -168,23 +162,33 @@ class Index:
         self._check()
 
     def recreate(self) -> None:
-        """Start from nothing after damage was seen.  The reader's thread must be at rest."""
-        with self._lock, _translated("recreated"):
-            self._reader.close()
+        """Start from nothing after damage was seen; a rebuild must follow.  Worker thread."""
+        with self._lock, self._translated("recreated"):
+            # The trio thread may be reading from it at this moment.
+            self._retired.append(self._reader)
             self._recreate()
             self._reader = self._connect()
-            self.is_complete = False
+            self.is_complete = self.is_damaged = False
+
+    @contextlib.contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            if _is_damage(exc):
+                self.is_damaged = True
+            raise CacheFailed(f"the cache's index cannot be {what}: {exc}") from exc
 
     def close(self) -> None:
-        with self._lock, _translated("closed"):
-            self._reader.close()
-            self._writer.close()
+        with self._lock, self._translated("closed"):
+            for connection in (*self._retired, self._reader, self._writer):
+                connection.close()
 
     # The event loop's thread.
 
     def place_of(self, key: bytes) -> Place | None:
         """Where the packed record of ``key`` lies; None when there is none."""
-        with _translated("read"):
+        with self._translated("read"):
             row = self._reader.execute(
                 "SELECT segment, offset, disk_bytes FROM entries WHERE key = ? AND segment > 0",
                 (key,),
@@ -193,7 +197,7 @@ class Index:
 
     def oldest(self, limit: int, *, after: tuple[int, int]) -> list[tuple[int, IndexRow]]:
         """Up to ``limit`` (id, row) in order of last use, beginning after (used_at, id)."""
-        with _translated("read"):
+        with self._translated("read"):
             rows = self._reader.execute(
                 "SELECT * FROM listed WHERE (used_at, id) > (?, ?) ORDER BY used_at, id LIMIT ?",
                 (*after, limit),
@@ -201,7 +205,7 @@ class Index:
         return [(row[0], IndexRow(*row[1:])) for row in rows]
 
     def row(self, key: bytes) -> IndexRow | None:
-        with _translated("read"):
+        with self._translated("read"):
             found = self._reader.execute("SELECT * FROM listed WHERE key = ?", (key,)).fetchone()
         return None if found is None else IndexRow(*found[1:])
 
@@ -209,7 +213,7 @@ class Index:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _translated("written"):
+        with self._lock, self._translated("written"):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -265,7 +269,7 @@ class Index:
             connection.execute("DELETE FROM entries WHERE segment = ?", (number,))
 
     def rows_of_segment(self, number: int) -> list[IndexRow]:
-        with self._lock, _translated("read"):
+        with self._lock, self._translated("read"):
             found = self._writer.execute(
                 "SELECT * FROM listed WHERE segment = ?", (number,)
             ).fetchall()
@@ -273,7 +277,7 @@ class Index:
 
     def rows(self, *, url: bytes | None = None) -> list[IndexRow]:
         """All entries (of ``url``), most recently used first."""
-        with self._lock, _translated("read"):
+        with self._lock, self._translated("read"):
             return _listed(self._writer, url)
 
     def totals(self) -> Totals:
@@ -284,7 +288,7 @@ class Index:
         )
 
     def fact(self, name: str) -> int:
-        with self._lock, _translated("read"):
+        with self._lock, self._translated("read"):
             found = self._writer.execute(
                 "SELECT value FROM facts WHERE name = ?", (name,)
             ).fetchone()
@@ -302,21 +306,35 @@ class Index:
 def read_rows(path: Path, *, url: bytes | None = None) -> list[IndexRow] | None:
     """All rows, read without a daemon and without changing anything; None when the index is
     missing, incomplete, damaged or of another format: then the files have to be read."""
-    if not path.exists():
+    try:
+        with _read_only(path) as connection:
+            return _listed(connection, url)
+    except (sqlite3.Error, FileNotFoundError):
         return None
+
+
+def has_whole_index(path: Path) -> bool:
+    try:
+        with _read_only(path):
+            return True
+    except (sqlite3.Error, FileNotFoundError):
+        return False
+
+
+@contextlib.contextmanager
+def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """Raises sqlite3.Error or FileNotFoundError unless the index is whole."""
+    path.stat()
     # Without a log nobody has it open and the file is all there is; then it is read without
     # the log and shared memory that SQLite would otherwise leave in a directory not ours.
     mode = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
     uri = f"{path.absolute().as_uri()}?{mode}"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            (written_format,) = db.execute("PRAGMA user_version").fetchone()
-            complete = db.execute("SELECT value FROM facts WHERE name = 'complete'").fetchone()
-            if written_format != INDEX_FORMAT or complete != (1,):
-                return None
-            return _listed(db, url)
-    except sqlite3.Error:
-        return None
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+        (written_format,) = connection.execute("PRAGMA user_version").fetchone()
+        complete = connection.execute("SELECT value FROM facts WHERE name = 'complete'")
+        if written_format != INDEX_FORMAT or complete.fetchone() != (1,):
+            raise sqlite3.DatabaseError("not a whole index of this format")
+        yield connection
 
 
 def _listed(connection: sqlite3.Connection, url: bytes | None) -> list[IndexRow]:
@@ -330,3 +348,8 @@ def _is_failing_disk(exc: sqlite3.DatabaseError) -> bool:
     """A full or broken disk, where starting again would not help (nor be right)."""
     primary = getattr(exc, "sqlite_errorcode", 0) & 0xFF
     return primary in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+
+
+def _is_damage(exc: sqlite3.Error) -> bool:
+    primary = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -417,7 +417,12 @@ class Cache:
     # The index, and looking in.
 
     def flush_index(self) -> None:
-        """Write recency and sizes to the index.  Worker; every few seconds and at close."""
+        """Write recency and sizes to the index.  Worker; every few seconds and at close.
+
+        An index that proved damaged is begun anew: see ``index_complete``.
+        """
+        if self._index.is_damaged:
+            self._ledger.tolerate(self._index.recreate)
         self._ledger.flush()
         with contextlib.suppress(CacheFailed):
             self._leases.expire()

@@ -1,0 +1,163 @@
+"""stagefs-cache on a bare cache directory: list, usage, show, verify, without any daemon."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from stagefs.cache.inspect import (
+    CacheDirectory,
+    DirectoryUsage,
+    EntryDetail,
+    EntrySummary,
+    FoundDamage,
+    Verifying,
+)
+from stagefs.cli.output import (
+    human,
+    print_json,
+    print_json_list,
+    print_table,
+    progress_bar,
+    shown_name,
+    when,
+)
+from stagefs.staging.values import Progress
+
+MAP_COLUMNS = 64
+# How much of a column of the chunk map is here: nothing, a part, all.
+MAP_NOTHING, MAP_PART, MAP_ALL = ".+#"
+
+
+class VerifiedDirectory(msgspec.Struct, frozen=True):
+    entries: int
+    bytes_read: int
+    damaged: list[FoundDamage]
+
+
+def list_directory(directory: Path, *, as_json: bool) -> None:
+    entries = CacheDirectory(directory).entries()
+    if as_json:
+        print_json_list(entries)
+        return
+    for text in _table(entries):
+        click.echo(text)
+
+
+def _table(entries: Iterable[EntrySummary]) -> Iterator[str]:
+    yield f"{'cached':>10}  {'of':>10}  {'last used':<19}  {'':1} {'key':<40}  URL"
+    for entry in entries:
+        pin = "P" if entry.pinned else ""
+        yield (
+            f"{human(entry.cached_bytes):>10}  {human(entry.size_bytes):>10}"
+            f"  {when(entry.used_ns):<19}  {pin:1} {entry.key}  {shown_name(entry.url)}"
+        )
+
+
+def show_usage(directory: Path, *, as_json: bool) -> None:
+    usage = CacheDirectory(directory).usage()
+    if as_json:
+        print_json(usage)
+    else:
+        print_table(_usage_facts(usage))
+
+
+def _usage_facts(usage: DirectoryUsage) -> list[tuple[str, str]]:
+    return [
+        ("cache", usage.directory),
+        ("daemon", usage.daemon or "none has it open"),
+        ("entries", str(usage.entries)),
+        ("cached", human(usage.cached_bytes)),
+        ("on disk", human(usage.used_bytes)),
+        ("pinned", f"{human(usage.pinned_bytes)} by {usage.leases} leases"),
+        ("segments", str(usage.segments)),
+        ("disk free", human(usage.disk_free_bytes)),
+        ("index", "whole" if usage.index_complete else "none that is whole: files were read"),
+    ]
+
+
+def show_entry(directory: Path, subject: str, *, as_json: bool) -> None:
+    details = CacheDirectory(directory).show(subject)
+    if as_json:
+        print_json_list(details)
+        return
+    for number, detail in enumerate(details):
+        if number:
+            click.echo()
+        print_table(_entry_facts(detail))
+
+
+def _entry_facts(detail: EntryDetail) -> list[tuple[str, str]]:
+    entry = detail.entry
+    present = sum(count for _, count in detail.present)
+    facts = [
+        ("key", entry.key),
+        ("URL", shown_name(entry.url)),
+        ("version", shown_name(entry.version)),
+        ("validator", shown_name(detail.validator)),
+        ("cached", f"{human(entry.cached_bytes)} of {human(entry.size_bytes)}"),
+        ("on disk", f"{human(entry.disk_bytes)} in {entry.place}"),
+        ("chunks", f"{present} of {detail.chunk_count}, {human(detail.chunk_bytes)} each"),
+        ("map", chunk_map(detail)),
+        ("last used", when(entry.used_ns)),
+    ]
+    if detail.mtime_ns is not None:
+        facts.append(("modified", when(detail.mtime_ns)))
+    if detail.checksum is not None:
+        facts.append(("checksum", detail.checksum))
+    for lease in detail.leases:
+        until = "" if lease.expires is None else f" until {when(int(lease.expires * 1e9))}"
+        facts.append(("pinned", f"by {shown_name(lease.owner)}{until}"))
+    return facts
+
+
+def chunk_map(detail: EntryDetail, columns: int = MAP_COLUMNS) -> str:
+    """The object from its start to its end, each column a share of it: ``#`` is all there,
+    ``+`` partly, ``.`` not at all."""
+    columns = min(columns, detail.chunk_count)
+    here = [0] * columns
+    for first, count in detail.present:
+        for column in range(
+            first * columns // detail.chunk_count,
+            ((first + count) * columns - 1) // detail.chunk_count + 1,
+        ):
+            start, stop = _column_span(column, columns, detail.chunk_count)
+            here[column] += max(0, min(stop, first + count) - max(start, first))
+    drawn = []
+    for column, count in enumerate(here):
+        start, stop = _column_span(column, columns, detail.chunk_count)
+        full = count == stop - start
+        drawn.append(MAP_ALL if full else MAP_PART if count else MAP_NOTHING)
+    return "".join(drawn)
+
+
+def _column_span(column: int, columns: int, chunk_count: int) -> tuple[int, int]:
+    """The chunks of a column; together they are all chunks, each once."""
+    return -(-column * chunk_count // columns), -(-(column + 1) * chunk_count // columns)
+
+
+def verify_directory(directory: Path, *, as_json: bool) -> bool:
+    """True when everything is as it was fetched."""
+    damaged: list[FoundDamage] = []
+    reached = Verifying(entries=0, done_bytes=0, total_bytes=0)
+    steps = CacheDirectory(directory).verify()
+    with contextlib.closing(steps), progress_bar(quiet=as_json) as draw:
+        for step in steps:
+            if isinstance(step, FoundDamage):
+                damaged.append(step)
+            else:
+                reached = step
+                draw(Progress("verify", step.done_bytes, step.total_bytes))
+    if as_json:
+        print_json(VerifiedDirectory(reached.entries, reached.done_bytes, damaged))
+        return not damaged
+    for each in damaged:
+        chunk = "" if each.chunk is None else f", chunk {each.chunk}"
+        url = "" if each.url is None else f" ({shown_name(each.url)})"
+        click.echo(f"damaged: {each.path}{chunk}{url}: {each.reason}")
+    click.echo(
+        f"{reached.entries} entries, {human(reached.done_bytes)} read, {len(damaged)} damaged"
+    )
+    return not damaged
