@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     try:
         settings = load_settings(config_file=arguments.config, overrides=_overrides(arguments.set))
+        os.umask(0o077)  # whatever is made in the state directory is the user's alone
         _begin_log(arguments.state, settings)
         _prepare_limits()
         trio.run(_run, arguments, settings, handoff)
@@ -201,7 +202,9 @@ class Daemon:
         self._area = StagingArea(
             namespace=namespace,
             objects=self._objects,
+            bindings=self._bindings,
             cache=cache,
+            cache_directory=cache_directory,
             remotes=remotes,
             invalidations=self._invalidations,
             settings=settings,
