@@ -7,6 +7,8 @@ import collections
 import itertools
 import logging
 
+import trio
+
 from stagefs.cache.entry import Entry
 from stagefs.cache.store import Cache
 from stagefs.config import ReadSettings
@@ -17,6 +19,8 @@ from stagefs.objects.volatile import VolatileBudget, VolatileEntry
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX
 
 log = logging.getLogger(__name__)
+
+WARNING_INTERVAL_S = 60.0
 
 
 class Contents:
@@ -33,6 +37,7 @@ class Contents:
         self._counters = counters
         self._volatile = VolatileBudget(settings.volatile_bytes_max)
         self._inline_flags = inline_flags
+        self._warn_after = 0.0
         self._by_key: collections.OrderedDict[str, Content] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -113,7 +118,10 @@ class Contents:
         """The cache disk cannot take this object: hold what is read of it in memory instead."""
         if isinstance(content.entry, VolatileEntry):
             return content.entry
-        log.warning("reading %s without the cache: %s", content.url, reason)
+        # One line for many objects: they all read past the same disk.
+        if trio.current_time() >= self._warn_after:
+            self._warn_after = trio.current_time() + WARNING_INTERVAL_S
+            log.warning("reading %s without the cache: %s", content.url, reason)
         self._counters.volatile_objects += 1
         self._let_go(content)
         memory = content.entry = VolatileEntry(

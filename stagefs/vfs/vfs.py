@@ -28,7 +28,7 @@ from stagefs.errors import (
     RepeatLookup,
     StageFSError,
 )
-from stagefs.model import ROOT_INODE, Handle, Inode, ObjectInfo
+from stagefs.model import ROOT_INODE, Handle, Inode
 from stagefs.namespace.node import IMMUTABLE_CHECKED_NS, Node, NodeKind
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import OpenObject
@@ -198,6 +198,8 @@ class Vfs:
             if await self._confirmed_by_listing(node):
                 return
             answer = await self._objects.stat_soon(node.object_id.url)
+        except RepeatLookup:
+            raise
         except StageFSError as error:
             self._objects.errors.note(node.object_id.key, error)
             self._namespace.touch_checked(node.inode, time.time_ns())
@@ -222,6 +224,7 @@ class Vfs:
         await self._bindings.confirmed(bound)
         if self._namespace.node(node.inode).successor:
             raise RepeatLookup(f"{self._path(node.inode)} has a newer version.")
+        self._namespace.touch_checked(node.inode, self._namespace.node(bound.inode).listed_ns)
         return True
 
     async def read(self, handle: Handle, offset: int, size: int) -> memoryview | bytes:
