@@ -95,7 +95,9 @@ def stage_in(
         print_json(StagedIn(entries))
         return
     for entry in entries:
-        fate = "fetched" if entry.state == "cached" else "fetched on first read"
+        fate = "fetched on first read"
+        if entry.state == "cached":
+            fate = "fetched" if wait else "cached already"
         click.echo(f"{shown_name(entry.path)}: registered, {human(entry.size_bytes)}, {fate}")
 
 
@@ -140,7 +142,9 @@ def import_catalog(
     if as_json:
         print_json(imported)
     else:
-        click.echo(f"{catalog}: {imported.entries} names registered")
+        more = [(imported.replaced, "replaced"), (imported.unchanged, "there already")]
+        rest = "".join(f", {count} {what}" for count, what in more if count)
+        click.echo(f"{shown_name(catalog)}: {imported.entries} names registered{rest}")
 
 
 @click.command()
@@ -152,7 +156,9 @@ def ls(names: tuple[str, ...], in_full: bool, mountpoint: str | None, as_json: b
     """List names (staging:///); contacts no remote but for bound directories."""
     chosen = target(mountpoint)
     entries = (
-        entry for name in names or ("staging:///",) for entry in _listed(chosen, chosen.path(name))
+        entry
+        for name in names or ("staging:///",)
+        for entry in _listed(chosen, chosen.path(name), cached=in_full or as_json)
     )
     if as_json:
         print_json_list(entries)
@@ -161,11 +167,11 @@ def ls(names: tuple[str, ...], in_full: bool, mountpoint: str | None, as_json: b
         click.echo(_long_line(entry) if in_full else _short_name(entry))
 
 
-def _listed(chosen: Target, path: str) -> Iterator[NameStat]:
+def _listed(chosen: Target, path: str, *, cached: bool) -> Iterator[NameStat]:
     """The entries of a directory; anything else lists itself."""
     found = chosen.client.stat(path)
     if found.kind == "directory":
-        yield from chosen.client.list_names(path)
+        yield from chosen.client.list_names(path, cached=cached)
     else:
         yield found
 

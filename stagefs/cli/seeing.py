@@ -49,8 +49,7 @@ def _cache_facts(cache: CacheUsage | None) -> list[tuple[str, str]]:
     if cache is None:
         return [("cache", "none: reading streams; the log says why")]
     used = f"{human(cache.used_bytes)} of {human(cache.capacity_bytes)}"
-    rows = [("cache", f"{used} in {cache.entries} entries, {cache.directory}")]
-    return [*rows, ("cache disk", f"failing: {cache.failing}")] if cache.failing else rows
+    return [("cache", f"{used} in {cache.entries} entries, {cache.directory}")]
 
 
 @click.command()

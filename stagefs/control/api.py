@@ -86,7 +86,7 @@ class Operations(enum.Enum):
     CACHE_USAGE = Operation("cache/usage", values.Empty, values.CacheUsage)
     CACHE_VERIFY = Operation("cache/verify", values.Verify, values.Verified, long=True)
     CACHE_EVICT = Operation("cache/evict", values.Evict, values.Evicted, long=True)
-    CACHE_PIN = Operation("cache/pin", values.Pin, values.CacheEntry)
+    CACHE_PIN = Operation("cache/pin", values.Pin, values.Pinned, long=True)
     CACHE_WARM = Operation("cache/warm", values.Warm, values.Warmed, long=True)
     CACHE_CAPACITY = Operation("cache/capacity", values.Capacity, values.CacheUsage, long=True)
 
@@ -140,7 +140,7 @@ class Area(Protocol):
         self, request: values.Evict, progress: ProgressCallback
     ) -> values.Evicted: ...
 
-    async def cache_pin(self, request: values.Pin) -> values.CacheEntry: ...
+    async def cache_pin(self, request: values.Pin, progress: ProgressCallback) -> values.Pinned: ...
 
     async def cache_warm(
         self, request: values.Warm, progress: ProgressCallback

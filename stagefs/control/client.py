@@ -145,11 +145,11 @@ class Client:
         request = values.ImportCatalog(path=path, prefix=prefix, replace=replace)
         return self._long(Operations.IMPORT_CATALOG, request, values.Imported, progress)
 
-    def list_names(self, path: str) -> Iterator[values.NameStat]:
-        """The entries of a directory, fetched page by page."""
+    def list_names(self, path: str, *, cached: bool = False) -> Iterator[values.NameStat]:
+        """The entries of a directory, fetched page by page; with what is ``cached`` of each."""
         after: str | None = None
         while True:
-            request = values.ListNames(path=path, after=after)
+            request = values.ListNames(path=path, cached=cached, after=after)
             page = self._short(Operations.LIST_NAMES, request, values.NamePage)
             yield from page.entries
             after = page.after
@@ -218,9 +218,11 @@ class Client:
         request = values.Evict(subject=subject, all=everything)
         return self._long(Operations.CACHE_EVICT, request, values.Evicted, progress)
 
-    def cache_pin(self, subject: str, *, pinned: bool = True) -> values.CacheEntry:
+    def cache_pin(
+        self, subject: str, *, pinned: bool = True, progress: ProgressCallback = _ignore
+    ) -> values.Pinned:
         request = values.Pin(subject=subject, pinned=pinned)
-        return self._short(Operations.CACHE_PIN, request, values.CacheEntry)
+        return self._long(Operations.CACHE_PIN, request, values.Pinned, progress)
 
     def cache_warm(
         self, paths: Sequence[str], *, progress: ProgressCallback = _ignore

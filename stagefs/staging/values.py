@@ -57,7 +57,10 @@ class NameStat(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ListNames(msgspec.Struct, frozen=True):
+    """``cached``: tell what the cache holds of each, which takes a look at each file's entry."""
+
     path: str
+    cached: bool = False
     after: str | None = None
     limit: int = PAGE_ENTRIES_MAX
 
@@ -121,7 +124,12 @@ class ImportCatalog(msgspec.Struct, frozen=True):
 
 
 class Imported(msgspec.Struct, frozen=True):
+    """``entries``: new names.  ``unchanged`` were there already, just so."""
+
     entries: int
+    replaced: int = 0
+    unchanged: int = 0
+    directories: int = 0
 
 
 # Sandboxes
@@ -137,7 +145,7 @@ class CreateSandbox(msgspec.Struct, frozen=True):
 class Sandbox(msgspec.Struct, frozen=True):
     name: str
     path: str
-    links: int
+    made_ns: int
 
 
 class Sandboxes(msgspec.Struct, frozen=True):
@@ -151,24 +159,27 @@ class OneSandbox(msgspec.Struct, frozen=True):
 # The cache
 
 
-class CacheEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the cache holds of one object; ``used_ns`` is when it was last opened."""
+class CacheEntry(msgspec.Struct, frozen=True):
+    """What the cache holds of one object.  ``used_ns``: last use, 0 when nothing is cached.
+    ``pins``: who wants it kept.
+    """
 
     key: str
     url: str
     version: str
     size_bytes: int
-    cached_bytes: int
-    disk_bytes: int
-    used_ns: int
+    cached_bytes: int = 0
+    disk_bytes: int = 0
+    used_ns: int = 0
     pinned: bool = False
-    held: bool = False
-    checksum: str | None = None
+    pins: list[str] = []
 
 
 class ListEntries(msgspec.Struct, frozen=True):
+    """In the order of their keys."""
+
     after: str | None = None
-    limit: int = PAGE_ENTRIES_MAX
+    limit: int = 10 * PAGE_ENTRIES_MAX
 
 
 class EntryPage(msgspec.Struct, frozen=True):
@@ -177,19 +188,26 @@ class EntryPage(msgspec.Struct, frozen=True):
 
 
 class ShowEntry(msgspec.Struct, frozen=True):
-    """``subject``: a staging path, a URL, or the key of an entry."""
+    """``subject``: a path of a file or (where several objects will do) of a directory, a URL, or
+    the key of an entry.
+    """
 
     subject: str
 
 
 class CacheUsage(msgspec.Struct, frozen=True):
+    """``used_bytes`` is what the cache takes on disk, ``cached_bytes`` what it holds of objects."""
+
     directory: str
     capacity_bytes: int
     used_bytes: int
-    pinned_bytes: int
+    cached_bytes: int
     entries: int
-    disk_free_bytes: int
-    failing: str | None = None
+    leases: int
+    free_bytes: int
+    free_floor_bytes: int
+    index_complete: bool
+    counters: dict[str, int]
 
 
 class Verify(msgspec.Struct, frozen=True):
@@ -199,7 +217,10 @@ class Verify(msgspec.Struct, frozen=True):
 
 
 class Verified(msgspec.Struct, frozen=True):
+    """``damaged``: a line for each entry that held damage; it is gone, and fetched anew."""
+
     entries: int
+    chunks: int
     bytes_read: int
     damaged: list[str]
 
@@ -212,13 +233,22 @@ class Evict(msgspec.Struct, frozen=True):
 
 
 class Evicted(msgspec.Struct, frozen=True):
+    """``kept``: how many stayed, because they are pinned or open."""
+
     entries: int
     freed_bytes: int
+    kept: int
 
 
 class Pin(msgspec.Struct, frozen=True):
+    """Keep ``subject`` in the cache, fetched or not yet; or no longer."""
+
     subject: str
     pinned: bool = True
+
+
+class Pinned(msgspec.Struct, frozen=True):
+    objects: int
 
 
 class Warm(msgspec.Struct, frozen=True):
@@ -250,7 +280,7 @@ class TransferStatus(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """The daemon at one moment.  ``counters`` only ever rise while a daemon lives."""
+    """The daemon at one moment.  ``counters`` are of this daemon's life."""
 
     version: str
     pid: int

@@ -1,0 +1,316 @@
+"""The operations on the cache: list, show, usage, verify, evict, pin, warm, capacity.
+
+What is chosen is chosen in the trio thread; reading the index, hashing and removing are done
+in worker threads.  A subject is a path (a file, or a directory with all files below it), a
+URL, or the key of an entry.
+"""
+
+import functools
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from stagefs.cache.entry import ABSENT, Entry
+from stagefs.cache.eviction import Plan
+from stagefs.cache.index import IndexRow
+from stagefs.cache.store import Cache
+from stagefs.errors import Busy, CacheFailed, InvalidName, NotADirectory, NotFound
+from stagefs.model import ObjectId
+from stagefs.namespace.node import Node, NodeKind
+from stagefs.namespace.store import Namespace
+from stagefs.objects.objects import Objects
+from stagefs.remote.registry import Remotes
+from stagefs.staging import values
+from stagefs.staging.names import first_error
+from stagefs.staging.tree import Place, Tree, parse_place
+from stagefs.staging.values import Progress, ProgressCallback
+
+PIN_OWNER = "admin"
+WARMED_AT_ONCE = 16
+# Chunks taken from readers at a time while they are verified: they are checked again on demand.
+VERIFIED_AT_ONCE = 16
+EVICTED_AT_ONCE = 500
+_KEY = re.compile(r"[0-9a-f]{40}")
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """One object that an operation is about: its key in the cache and its public URL."""
+
+    key: str
+    url: str
+
+
+class CacheOperations:
+    def __init__(
+        self,
+        *,
+        cache: Cache | None,
+        directory: Path,
+        namespace: Namespace,
+        objects: Objects,
+        remotes: Remotes,
+        tree: Tree,
+    ) -> None:
+        self._maybe_cache = cache
+        self._directory = directory
+        self._namespace = namespace
+        self._objects = objects
+        self._remotes = remotes
+        self._tree = tree
+
+    @property
+    def _cache(self) -> Cache:
+        if self._maybe_cache is None:
+            raise CacheFailed(
+                f"This mount runs without a cache, because {self._directory} cannot be used: see"
+                " the log, mend the disk and mount again."
+            )
+        return self._maybe_cache
+
+    # Seeing
+
+    async def list_entries(self, request: values.ListEntries) -> values.EntryPage:
+        rows = await self._rows()
+        rows.sort(key=lambda row: row.key)
+        after = bytes.fromhex(request.after) if request.after else b""
+        wanted = [row for row in rows if row.key > after][: max(1, request.limit)]
+        is_last = not wanted or wanted[-1].key == rows[-1].key
+        entries = [self._describe(row) for row in wanted]
+        return values.EntryPage(entries, after=None if is_last else entries[-1].key)
+
+    async def show(self, request: values.ShowEntry) -> values.CacheEntry:
+        subjects = await self._subjects(request.subject)
+        if len(subjects) != 1:
+            raise InvalidName(f"{request.subject} is {len(subjects)} objects: name one.")
+        rows = {row.key.hex(): row for row in await self._rows(url=subjects[0].url)}
+        row = rows.get(subjects[0].key)
+        if row is None:
+            raise NotFound(f"Nothing of {request.subject} is cached.")
+        return self._describe(row)
+
+    async def usage(self) -> values.CacheUsage:
+        await trio.to_thread.run_sync(self._cache.flush_index)
+        return self.usage_now()
+
+    def usage_now(self) -> values.CacheUsage:
+        """As of the last flush of the index; some quick reads of it."""
+        now = self._cache.usage()
+        return values.CacheUsage(
+            directory=str(self._directory),
+            capacity_bytes=now.capacity_bytes,
+            used_bytes=now.used_bytes,
+            cached_bytes=now.cached_bytes,
+            entries=now.entries,
+            leases=now.leases,
+            free_bytes=now.free_bytes,
+            free_floor_bytes=now.free_floor_bytes,
+            index_complete=now.index_complete,
+            counters=msgspec.structs.asdict(now.counters),
+        )
+
+    async def _rows(self, url: str | None = None) -> list[IndexRow]:
+        return await trio.to_thread.run_sync(functools.partial(self._cache.rows, url=url))
+
+    def _describe(self, row: IndexRow) -> values.CacheEntry:
+        key = row.key.hex()
+        pins = [lease.owner for lease in self._cache.leases_of(key)]
+        return values.CacheEntry(
+            key=key,
+            url=_text(row.url),
+            version=_text(row.version),
+            size_bytes=row.size_bytes,
+            cached_bytes=row.cached_bytes,
+            disk_bytes=row.disk_bytes,
+            used_ns=row.used_at * 1_000_000,
+            pinned=bool(pins),
+            pins=pins,
+        )
+
+    # Which objects are meant
+
+    async def _subjects(self, subject: str) -> list[Subject]:
+        """The objects of a path, a URL or a key.  Raises NotFound when there is none."""
+        if subject.startswith(("/", "staging:")):
+            place = parse_place(subject)
+            node = await self._tree.node(place)
+            return [_subject_of(below) async for _place, below in self._files(place, node)]
+        if _KEY.fullmatch(subject):
+            found = [row for row in await self._rows() if row.key.hex() == subject]
+        else:
+            found = await self._rows(url=self._remotes.public(subject))
+        if not found:
+            raise NotFound(f"Nothing of {subject} is cached.")
+        return [Subject(row.key.hex(), _text(row.url)) for row in found]
+
+    async def _files(self, place: Place, node: Node) -> AsyncIterator[tuple[Place, Node]]:
+        """Every staged file at or below a place."""
+        if node.object_id is not None:
+            yield place, node
+            return
+        if node.kind is not NodeKind.DIRECTORY:
+            raise NotADirectory(f"{place} is no staged file.")
+        left = [(place, node)]
+        while left:
+            here, directory = left.pop()
+            await self._tree.shown(directory)
+            after = 0
+            while page := self._namespace.page(directory.inode, after, values.PAGE_ENTRIES_MAX):
+                after = page[-1][0]
+                for _cookie, name, below in page:
+                    if below.kind is NodeKind.DIRECTORY:
+                        left.append((here.below(name), below))
+                    elif below.object_id is not None:
+                        yield here.below(name), below
+                await trio.lowlevel.checkpoint()
+
+    # Changing
+
+    async def verify(self, request: values.Verify, progress: ProgressCallback) -> values.Verified:
+        """Hash every cached chunk again.  What is damaged goes, and is fetched when it is read."""
+        wanted = None
+        if request.subject is not None:
+            wanted = {subject.key for subject in await self._subjects(request.subject)}
+        rows = [row for row in await self._rows() if wanted is None or row.key.hex() in wanted]
+        total = sum(row.cached_bytes for row in rows)
+        entries = chunks = done = 0
+        damaged = []
+        for row in rows:
+            progress(Progress("verifying", done, total))
+            before = self._cache.counters().damaged_entries
+            entry = self._cache.entry(
+                ObjectId(_text(row.url), _text(row.version)), size_bytes=row.size_bytes
+            )
+            if entry is not None:
+                checked, wrong = await self._verify_entry(entry)
+                entries, chunks = entries + 1, chunks + checked
+                if wrong:
+                    damaged.append(f"{_text(row.url)}: {wrong} of {checked} chunks were damaged")
+            elif self._cache.counters().damaged_entries > before:
+                entries += 1
+                damaged.append(f"{_text(row.url)}: its file was damaged")
+            done += row.cached_bytes
+        return values.Verified(entries, chunks, done, damaged)
+
+    async def _verify_entry(self, entry: Entry) -> tuple[int, int]:
+        """(chunks checked, chunks found damaged)."""
+        checked = wrong = 0
+        with self._held(entry) as is_held:
+            if not is_held:
+                return 0, 0
+            for first in range(0, entry.chunk_count, VERIFIED_AT_ONCE):
+                count = min(VERIFIED_AT_ONCE, entry.chunk_count - first)
+                cached = [c for c in range(first, first + count) if entry.state[c] != ABSENT]
+                if not cached:
+                    continue
+                entry.demote(first, count)
+                for chunk in cached:
+                    is_right = await trio.to_thread.run_sync(entry.verify, chunk)
+                    wrong += not is_right and entry.state[chunk] == ABSENT
+                checked += len(cached)
+        return checked, wrong
+
+    @contextmanager
+    def _held(self, entry: Entry) -> Iterator[bool]:
+        is_held = self._cache.hold(entry)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self._cache.drop(entry)
+
+    async def evict(self, request: values.Evict, progress: ProgressCallback) -> values.Evicted:
+        if (request.subject is None) != request.all:
+            raise InvalidName("Say what to evict: one subject, or everything.")
+        if request.subject is not None:
+            keys = [subject.key for subject in await self._subjects(request.subject)]
+        else:
+            keys = [row.key.hex() for row in await self._rows()]
+        # What is only kept open for the next reader may go.
+        self._objects.close_idle()
+        freed = kept = 0
+        for start in range(0, len(keys), EVICTED_AT_ONCE):
+            progress(Progress("evicting", start, len(keys), unit="objects"))
+            plan = self._cache.plan_eviction(keys[start : start + EVICTED_AT_ONCE])
+            if plan is not None:
+                kept += len(plan.kept)
+                freed += await self._carry_out(plan)
+        if request.subject is not None and kept:
+            raise Busy(f"{request.subject} stays cached: it is pinned, or open in a program.")
+        return values.Evicted(entries=len(keys) - kept, freed_bytes=freed, kept=kept)
+
+    async def _carry_out(self, plan: Plan) -> int:
+        # A plan that was made must be carried out: what it names is not served any more.
+        with trio.CancelScope(shield=True) as scope:
+            freed = await trio.to_thread.run_sync(self._cache.carry_out, plan)
+        assert not scope.cancelled_caught
+        return freed
+
+    async def pin(self, request: values.Pin) -> values.Pinned:
+        subjects = await self._subjects(request.subject)
+        keys = [subject.key for subject in subjects]
+        if request.pinned:
+            items = [(subject.key, subject.url) for subject in subjects]
+            call: Callable[[], object] = functools.partial(self._cache.pin, items, owner=PIN_OWNER)
+        else:
+            call = functools.partial(self._cache.unpin, keys, owner=PIN_OWNER)
+        await trio.to_thread.run_sync(call)
+        return values.Pinned(len(keys))
+
+    async def warm(self, request: values.Warm, progress: ProgressCallback) -> values.Warmed:
+        """Fetch all files at or below the paths.  The first that fails ends it."""
+        files: dict[int, tuple[Place, Node]] = {}
+        for path in request.paths:
+            place = parse_place(path)
+            node = await self._tree.node(place)
+            async for below, file in self._files(place, node):
+                files[file.inode] = below, file
+        total = sum(node.size_bytes for _place, node in files.values())
+        done: dict[int, int] = {}
+
+        async def fetch(place: Place, node: Node) -> None:
+            def landed(so_far: int) -> None:
+                done[node.inode] = so_far
+                progress(Progress(f"fetching {place}", sum_of(done), total))
+
+            await self._objects.warm(node, landed)
+            done[node.inode] = node.size_bytes
+
+        works: list[Callable[[], Awaitable[None]]] = [
+            functools.partial(fetch, place, node) for place, node in files.values()
+        ]
+        await first_error(works, WARMED_AT_ONCE)
+        return values.Warmed(entries=len(files), bytes_total=total)
+
+    async def capacity(
+        self, request: values.Capacity, progress: ProgressCallback
+    ) -> values.CacheUsage:
+        """Set, for this daemon's life, and make room at once."""
+        cache = self._cache
+        if request.capacity_bytes is not None:
+            if request.capacity_bytes < 0:
+                raise InvalidName("A capacity is not negative.")
+            cache.capacity_bytes = request.capacity_bytes
+            self._objects.close_idle()
+            while cache.over_capacity():
+                progress(Progress("making room", cache.used_bytes, None))
+                plan = cache.plan_room()
+                if plan is None or not await self._carry_out(plan):
+                    break
+        return await self.usage()
+
+
+def sum_of(done: dict[int, int]) -> int:
+    return sum(done.values())
+
+
+def _subject_of(node: Node) -> Subject:
+    assert node.object_id is not None
+    return Subject(node.object_id.key, node.object_id.url)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
