@@ -249,6 +249,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
                 env=_environment(self.owner),
                 pass_fds=[ready_fd],
                 start_new_session=not foreground,
+                umask=0o077,  # whatever is made in the state directory is the user's alone
             )
         finally:
             os.close(log)
