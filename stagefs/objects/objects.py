@@ -388,6 +388,10 @@ class Objects:
     def open_objects(self) -> int:
         return len(self._contents)
 
+    def close_idle(self) -> None:
+        """Let go of what nobody reads now, so that the cache can evict it."""
+        self._contents.close_idle()
+
     def transfers(self) -> list[Transfer]:
         return [
             Transfer(f.url, f.span.start, f.span.length, f.landed_bytes, f.age_s)
