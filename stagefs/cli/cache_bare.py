@@ -24,7 +24,7 @@ from stagefs.cli.output import (
     shown_name,
     when,
 )
-from stagefs.staging.values import Progress
+from stagefs.staging.values import CacheEntry, Progress
 
 MAP_COLUMNS = 64
 # How much of a column of the chunk map is here: nothing, a part, all.
@@ -42,11 +42,11 @@ def list_directory(directory: Path, *, as_json: bool) -> None:
     if as_json:
         print_json_list(entries)
         return
-    for text in _table(entries):
+    for text in entry_table(entries):
         click.echo(text)
 
 
-def _table(entries: Iterable[EntrySummary]) -> Iterator[str]:
+def entry_table(entries: Iterable[EntrySummary | CacheEntry]) -> Iterator[str]:
     yield f"{'cached':>10}  {'of':>10}  {'last used':<19}  {'':1} {'key':<40}  URL"
     for entry in entries:
         pin = "P" if entry.pinned else ""

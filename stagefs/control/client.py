@@ -186,15 +186,17 @@ class Client:
 
     # The cache
 
-    def cache_list(self) -> Iterator[values.CacheEntry]:
+    def cache_list(self) -> list[values.CacheEntry]:
+        """All entries, the most recently used first."""
+        entries: list[values.CacheEntry] = []
         after: str | None = None
         while True:
             request = values.ListEntries(after=after)
             page = self._short(Operations.CACHE_LIST, request, values.EntryPage)
-            yield from page.entries
+            entries += page.entries
             after = page.after
             if after is None:
-                return
+                return sorted(entries, key=lambda entry: entry.used_ns, reverse=True)
 
     def cache_show(self, subject: str) -> values.CacheEntry:
         return self._short(Operations.CACHE_SHOW, values.ShowEntry(subject), values.CacheEntry)
