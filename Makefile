@@ -38,7 +38,7 @@ format: setup ## let ruff put the code in order
 	$(BIN)/ruff format
 
 bench: setup ## StageFS beside sshfs, rclone, s3fs, bindfs, scp and a local file, as ratios
-	@$(BIN)/python -m tools.bench $(ARGS)
+	@$(BIN)/python -m bench $(ARGS)
 
 clean: ## what the targets above leave in the checkout
 	rm -rf .venv .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,223 @@
+"""A4, warm: reads of a big file that was fetched before.
+
+Three kinds of warm.  *Second read*: the pages are in the kernel, no request reaches the daemon.
+*From the cache on disk*: the kernel's pages of the mount are gone, so the daemon answers every
+request.  Both are tried on an idle machine, and beside an import or another file's cold fetch.
+"""
+
+import contextlib
+import itertools
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench import peers
+from bench.catalogs import write_catalog
+from bench.measuring import Contender, MeasureFailed, Work
+from bench.ours import RequestCount, StageFS, stagefs
+from bench.points import OURS, Lab, Measured
+from bench.report import Goal, Row, compare
+from bench.workbench import end
+from tests.support.waiting import wait_until
+
+LOCAL, INLINE = "local file", "bare pyfuse3 mount"
+DD, SHA = "dd", "sha256sum"
+BUSY_SETTLE_S = 0.8
+# Fewer would be imported before the read that goes on beside it has ended.
+IMPORT_ENTRIES_MIN = 200_000
+OTHER_FILES = 4
+IMPORT_TIMEOUT_S = 600.0
+
+
+@contextlib.contextmanager
+def _fetched(lab: Lab) -> Iterator[tuple[StageFS, Path]]:
+    """StageFS with the big file in its cache."""
+    url = lab.servers.http_url(lab.servers.big)
+    with stagefs(lab.bench) as ours:
+        staged = ours.stage_in(url, lab.servers.big.name)
+        lab.bench.copy_time(staged)
+        yield ours, staged
+
+
+def second_read(lab: Lab) -> Measured:
+    measured, bench, servers = Measured(), lab.bench, lab.servers
+    work = Work(servers.size_bytes)
+    servers.http_url(servers.big)
+    with _fetched(lab) as (ours, staged):
+        for tool, read, bound in ((DD, bench.copy_time, 0.4), (SHA, bench.hash_time, 0.9)):
+            read(staged)
+            contenders = [
+                Contender(OURS, _call(read, staged), ours=True),
+                Contender(LOCAL, _call(read, servers.big)),
+            ]
+            samples = lab.race(f"second read {tool}", contenders, work, measured)
+            what = f"second read, {tool}"
+            measured.rows += compare(
+                lab.point, what, samples, ours=OURS, peers=[LOCAL], bound=bound
+            )
+        measured.rows.append(_requests(lab, ours, staged))
+    return measured
+
+
+def _call(read: Callable[[Path], float], path: Path) -> Callable[[], float]:
+    return lambda: read(path)
+
+
+def _requests(lab: Lab, ours: StageFS, staged: Path) -> Row:
+    """READ requests of a second read: what dd causes beyond opening and closing the file."""
+    count = RequestCount(ours.daemon())
+
+    def caused(*command: str | Path) -> int:
+        before = count.reads()
+        lab.bench.run(*command)
+        return count.reads() - before
+
+    whole = ("dd", f"if={staged}", "of=/dev/null", "bs=1M", "status=none")
+    nothing = ("dd", f"if={staged}", "of=/dev/null", "count=0", "status=none")
+    beyond = min(max(caused(*whole) - caused(*nothing), 0) for _ in range(lab.bench.amounts.rounds))
+    lab.bench.forget_pages(staged)
+    if caused(*whole) - caused(*nothing) <= 0:
+        raise MeasureFailed("the daemon's reads are not seen in /proc/PID/io: nothing is counted")
+    return Row(
+        point=lab.point,
+        what="second read, READ requests",
+        ours=str(beyond),
+        peer="",
+        peer_figure="",
+        value=float(beyond),
+        goal=Goal(0, below=True),
+    )
+
+
+def after_restart(lab: Lab) -> Measured:
+    measured, bench, servers = Measured(), lab.bench, lab.servers
+    work = Work(servers.size_bytes)
+    with _fetched(lab) as (ours, staged):
+
+        def restarted() -> float:
+            ours.remount()
+            return bench.copy_time(staged)
+
+        def again() -> float:
+            bench.forget_pages(staged)
+            return bench.copy_time(staged)
+
+        def bare() -> float:
+            with peers.inline_mount(bench, servers.data) as point:
+                return bench.copy_time(point / servers.big.name)
+
+        contenders = [
+            Contender(OURS, restarted, ours=True),
+            Contender(f"{OURS}, verified", again, ours=True),
+            Contender(INLINE, bare),
+        ]
+        samples = lab.race("restarted", contenders, work, measured)
+    measured.rows += [
+        *compare(lab.point, "after a restart", samples, ours=OURS, peers=[INLINE], bound=0.7),
+        *compare(
+            lab.point,
+            "from the cache on disk",
+            samples,
+            ours=f"{OURS}, verified",
+            peers=[INLINE],
+        ),
+    ]
+    return measured
+
+
+Busy = Callable[[], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
+
+
+def during_import(lab: Lab) -> Measured:
+    entries = max(lab.bench.amounts.catalog_entries // 2, IMPORT_ENTRIES_MIN)
+    catalog = write_catalog(lab.bench.fresh("catalog"), entries)
+    prefixes = (f"imported-{number}" for number in itertools.count())
+    with _fetched(lab) as (ours, staged):
+
+        @contextlib.contextmanager
+        def importing() -> Iterator[subprocess.Popen[bytes]]:
+            child = ours.begin_import(catalog, next(prefixes))
+            try:
+                _settle()
+                yield child
+                _insist_running(child)
+                if child.wait(IMPORT_TIMEOUT_S) != 0:
+                    raise MeasureFailed(f"the import ended with {child.returncode}")
+            finally:
+                end(child)
+
+        return _beside(lab, staged, importing, "an import")
+
+
+def during_fetch(lab: Lab) -> Measured:
+    numbers = itertools.count()
+    with _fetched(lab) as (ours, staged):
+
+        def register() -> Path:
+            name = f"other-{next(numbers)}.bin"
+            return ours.stage_in(lab.servers.http_url(lab.servers.big, name), name)
+
+        @contextlib.contextmanager
+        def fetching() -> Iterator[subprocess.Popen[bytes]]:
+            others = [register() for _ in range(OTHER_FILES)]
+            child = lab.bench.start("cat", *others)
+            try:
+                wait_until(lambda: _cached_bytes(lab, others[0]) > 0, "another file's fetch")
+                yield child
+                _insist_running(child)
+            finally:
+                end(child)
+
+        return _beside(lab, staged, fetching, "another file's cold fetch")
+
+
+def _cached_bytes(lab: Lab, path: Path) -> int:
+    return int(lab.bench.run("getfattr", "--only-values", "-n", "user.stagefs.cached", path))
+
+
+def _settle() -> None:
+    """Polls nothing: gives a command the time to be in the middle of its work."""
+    begun = time.monotonic()
+    wait_until(lambda: time.monotonic() - begun > BUSY_SETTLE_S, "a moment")
+
+
+def _insist_running(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is not None:
+        raise MeasureFailed("what was to go on beside the read had ended before it")
+
+
+def _beside(lab: Lab, staged: Path, busy: Busy, what: str) -> Measured:
+    """Both kinds of warm read, idle and busy in turn; and a local file, for what the machine
+    itself leaves under that load."""
+    measured, bench = Measured(), lab.bench
+    work = Work(lab.servers.size_bytes)
+    local = lab.servers.big
+
+    def from_disk() -> float:
+        bench.forget_pages(staged)
+        return bench.copy_time(staged)
+
+    def while_busy(read: Callable[[], float]) -> Callable[[], float]:
+        def measure() -> float:
+            with busy():
+                return read()
+
+        return measure
+
+    kinds: list[tuple[str, Callable[[], float], float | None, bool]] = [
+        ("second read", lambda: bench.copy_time(staged), 0.7, True),
+        ("from the cache on disk", from_disk, 0.7, True),
+        ("local file", lambda: bench.copy_time(local), None, False),
+    ]
+    for kind, read, bound, ours in kinds:
+        read()
+        contenders = [
+            Contender("busy", while_busy(read), ours=ours),
+            Contender("idle", read, ours=ours),
+        ]
+        samples = lab.race(f"{kind} during {what}", contenders, work, measured)
+        measured.rows += compare(
+            lab.point, f"{kind} during {what}", samples, ours="busy", peers=["idle"], bound=bound
+        )
+    return measured
