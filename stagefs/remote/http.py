@@ -437,6 +437,11 @@ def _translated(url: str) -> Iterator[None]:
     so only what the system said of a socket is kept."""
     try:
         yield
+    # Before TimeoutError: a refused connection is a kind of it there.
+    except urllib3.exceptions.NewConnectionError as exc:
+        raise RemoteUnavailable(
+            f"There is no connection to {url} ({_reason(exc)}): check host, port and network."
+        ) from exc
     except urllib3.exceptions.TimeoutError as exc:
         raise DeadlineExceeded(
             f"{url} did not answer in time: the server or the way to it is stalled; "
@@ -446,10 +451,6 @@ def _translated(url: str) -> Iterator[None]:
         raise _tls_error(url, exc) from exc
     except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ProxyError) as exc:
         raise RemoteUnavailable(f"The connection to {url} broke ({_reason(exc)}).") from exc
-    except urllib3.exceptions.NewConnectionError as exc:
-        raise RemoteUnavailable(
-            f"There is no connection to {url} ({_reason(exc)}): check host, port and network."
-        ) from exc
     except urllib3.exceptions.HTTPError as exc:
         raise RemoteError(f"{url} cannot be asked for ({type(exc).__name__}).") from exc
     except (OSError, http.client.HTTPException) as exc:

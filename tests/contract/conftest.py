@@ -4,7 +4,6 @@ A remote joins with a fixture ``<name>_subject``, which returns a function that 
 Subject (drivers are made inside trio), and its name in SUBJECTS.
 """
 
-import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -12,12 +11,14 @@ from typing import TypeAlias
 import pytest
 
 from tests.contract.subjects import (
+    BUCKET,
     FileSubject,
     HttpSubject,
     MemorySubject,
     S3Subject,
     SshSubject,
     Subject,
+    new_place,
 )
 from tests.support.nginx import Nginx, running_nginx
 from tests.support.rgw import Rgw, available, running_rgw
@@ -25,9 +26,6 @@ from tests.support.sshd import Sshd, running_sshd
 
 SUBJECTS = ("memory", "file", "http", "http_html", "s3", "ssh")
 MakeSubject: TypeAlias = Callable[[], Subject]
-
-BUCKET = "contract"
-_places = (f"place{number}" for number in itertools.count())
 
 
 @pytest.fixture(params=SUBJECTS)
@@ -73,18 +71,18 @@ def file_subject(tmp_path: Path) -> MakeSubject:
 
 @pytest.fixture
 def http_subject(nginx: Nginx) -> MakeSubject:
-    return lambda: HttpSubject(nginx, next(_places))
+    return lambda: HttpSubject(nginx, new_place())
 
 
 @pytest.fixture
 def http_html_subject(nginx: Nginx) -> MakeSubject:
     """As most servers show directories: a page of links."""
-    return lambda: HttpSubject(nginx, next(_places), location="html")
+    return lambda: HttpSubject(nginx, new_place(), location="html")
 
 
 @pytest.fixture
 def s3_subject(rgw: Rgw) -> MakeSubject:
-    return lambda: S3Subject(rgw, BUCKET, next(_places))
+    return lambda: S3Subject(rgw, BUCKET, new_place())
 
 
 @pytest.fixture

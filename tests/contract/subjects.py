@@ -5,6 +5,7 @@ To add a remote, write a Subject (put, put_sparse, remove, forbidden, urls) and 
 """
 
 import abc
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,9 @@ SETTINGS = RemoteSettings(
     connect_timeout_s=10.0, answer_timeout_s=10.0, progress_timeout_s=10.0, backoff_s=0.01
 )
 
+BUCKET = "contract"
+_places = itertools.count()
+
 ODD_NAMES = (
     "a blank",
     "per%20cent",
@@ -51,6 +55,11 @@ ODD_NAMES = (
     "..twodots",
     "x" * 255,
 )
+
+
+def new_place() -> str:
+    """The name of a directory that no other test uses."""
+    return f"place{next(_places)}"
 
 
 class Subject(Protocol):
@@ -152,16 +161,26 @@ class HttpSubject(_Files):
     # nginx lists no name that begins with a dot.
     odd_names = tuple(name for name in _Files.odd_names if not name.startswith("."))
 
-    def __init__(self, server: Nginx, place: str, *, location: str = "plain") -> None:
+    def __init__(
+        self,
+        server: Nginx,
+        place: str,
+        *,
+        location: str = "plain",
+        port: int | None = None,
+        settings: RemoteSettings = SETTINGS,
+    ) -> None:
         top = server.root / place
-        top.mkdir()
+        top.mkdir(exist_ok=True)
         super().__init__(top)
         self._server, self._place, self._location = server, place, location
-        self.directory = server.url(place, location=location)
-        self.remote = HttpRemote(parse(self.directory).host_url, SETTINGS, CredentialStore(None))
+        self._port = port or server.port
+        self.directory = self.url("").rstrip("/")
+        self.remote = HttpRemote(parse(self.directory).host_url, settings, CredentialStore(None))
 
     def url(self, name: str) -> str:
-        return self._server.url(f"{self._place}/{name}", location=self._location)
+        path = quote_path(f"{self._location}/{self._place}/{name}")
+        return f"http://127.0.0.1:{self._port}/{path}"
 
     def forbidden(self, name: str, data: bytes) -> tuple[Remote, str]:
         self.put(name, data)
@@ -176,8 +195,18 @@ class S3Subject:
     # What is no key is missing; S3 has no directories.
     directories_have_errors = False
 
-    def __init__(self, server: Rgw, bucket: str, place: str) -> None:
+    def __init__(
+        self,
+        server: Rgw,
+        bucket: str,
+        place: str,
+        *,
+        port: int | None = None,
+        settings: RemoteSettings = SETTINGS,
+    ) -> None:
         self._server, self._bucket, self._place = server, bucket, place
+        self._endpoint = f"http://127.0.0.1:{port or server.port}"
+        self._settings = settings
         self._objects = server.bucket(bucket)
         self.directory = f"s3://{bucket}/{place}"
         self.remote = self._remote(server.environment)
@@ -197,7 +226,8 @@ class S3Subject:
         return self._remote(wrong), self.put(name, data)
 
     def _remote(self, environment: Mapping[str, str]) -> Remote:
-        settings = msgspec.structs.replace(SETTINGS, environment=Environment(environment))
+        environment = {**environment, "AWS_ENDPOINT_URL": self._endpoint}
+        settings = msgspec.structs.replace(self._settings, environment=Environment(environment))
         return StoreRemote(f"s3://{self._bucket}", settings, CredentialStore(None))
 
 
