@@ -64,7 +64,7 @@ class Content:
 
     __slots__ = (
         "changed", "checksum", "checksum_proved", "entry", "failures", "flight_count", "flights",
-        "holds", "inode", "object_id", "preadv_flags", "ranges", "serving", "shared",
+        "holds", "inode", "object_id", "place", "preadv_flags", "ranges", "serving", "shared",
         "size_bytes", "to_verify", "url", "validator", "waiting",
     )  # fmt: skip
 
@@ -90,6 +90,8 @@ class Content:
         self.serving: ReadableEntry | None = None
         self.preadv_flags: int | None = None
         self.holds = 0
+        # Where it lies, when it was fetched ahead of a task and no task has read it yet.
+        self.place: tuple[Inode, int] | None = None
         self.flights: dict[int, Flight] = {}
         self.flight_count = 0
         self.waiting: dict[int, trio.Event] = {}

@@ -111,7 +111,7 @@ class Fetcher:
         if failure is not None and trio.current_time() >= failure.until:
             content.failures.clear()
             failure = None
-        if content.flight_count == 0 and failure is None:
+        if content.flight_count == 0 and failure is None and ABSENT in entry.state:
             self._start(content, range(len(entry.state)))
 
     def _start(self, content: Content, chunks: range) -> None:

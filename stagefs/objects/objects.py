@@ -122,7 +122,7 @@ class Objects:
             remote_for=remote_for,
         )
         if self._cache is not None:
-            self._preparing.small = SmallFetcher(
+            small = SmallFetcher(
                 nursery=nursery,
                 remote_for=remote_for,
                 cache=self._cache,
@@ -131,6 +131,7 @@ class Objects:
                 settings=settings,
                 arrived=self._preparing.small_arrived,
             )
+            self._preparing.fetch_small_with(small, ahead_max=settings.small_ahead_max)
 
     # Open objects
 
@@ -152,6 +153,7 @@ class Objects:
         if content is None:
             content = opened.content = self._contents.of(opened.node)
             content.holds += 1
+            self._preparing.reached(content)
         return content
 
     def confirmed(self, node: Node) -> None:

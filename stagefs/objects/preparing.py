@@ -11,12 +11,14 @@ from collections.abc import Callable
 from stagefs.cache.entry import Entry
 from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
 from stagefs.model import ObjectInfo, WholeObject
+from stagefs.namespace.node import Node
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import Content
 from stagefs.objects.contents import Contents
 from stagefs.objects.fetching import Fetcher
 from stagefs.objects.sharing import Sharing
 from stagefs.objects.small import SmallFetcher
+from stagefs.objects.walking import Place, Walks
 from stagefs.remote.base import Remote
 
 
@@ -35,18 +37,24 @@ class Preparing:
         self._fetcher = fetcher
         self._sharing = sharing
         self._remote_for = remote_for
-        self.small: SmallFetcher | None = None
+        self._small: SmallFetcher | None = None
+        self._walks: Walks | None = None
+
+    def fetch_small_with(self, small: SmallFetcher, *, ahead_max: int) -> None:
+        self._small = small
+        self._walks = Walks(self._namespace, ahead_max=ahead_max, fetch_ahead=self._fetch_ahead)
 
     async def entry(self, content: Content) -> None:
         """Return when ``content`` has an entry."""
         while content.entry is None:
             if content.changed is not None:
                 raise content.changed
-            if self.small is not None and self.small.takes(content):
+            if self._small is not None and self._small.takes_size(content.size_bytes):
+                assert self._walks is not None
                 self._fetcher.raise_failure(content, 0)
-                shared = self.small.want(content, urgent=True)
+                shared = self._small.want(content, urgent=True)
                 assert shared is not None
-                self._fetch_neighbours(content, self.small)
+                self._walks.missed(content.inode)
                 await shared.wait()
             elif content.validator is None:
                 await self._sharing.run(content, "contact", self._first_contact)
@@ -90,23 +98,22 @@ class Preparing:
             return
         self._contents.adopt(content, entry)
 
-    def _fetch_neighbours(self, content: Content, small: SmallFetcher) -> None:
-        """Queue the names after this one when its directory is being walked."""
-        place = self._namespace.place(content.inode)
-        if place is None:
-            return
-        directory, cookie = place
-        after, count = small.step(directory, cookie)
-        if not count:
-            return
-        last = after
-        for next_cookie, _name, node in self._namespace.page(directory, after, count):
-            last = next_cookie
-            if node.object_id is None or not node.size_bytes:
-                continue
-            if self._contents.get(node.object_id.key) is not None:
-                continue
-            neighbour = self._contents.of(node)
-            if neighbour.entry is None and small.takes(neighbour):
-                small.want(neighbour, urgent=False)
-        small.queued(directory, last)
+    def reached(self, content: Content) -> None:
+        """The first read of a handle came for ``content``."""
+        if content.place is not None and self._walks is not None:
+            place, content.place = content.place, None
+            self._walks.reached(place)
+
+    def _fetch_ahead(self, node: Node, place: Place) -> bool:
+        """Queue a neighbour, if it is a small object that is not here yet."""
+        small = self._small
+        assert small is not None
+        if node.object_id is None or not node.size_bytes or not small.takes_size(node.size_bytes):
+            return False
+        if self._contents.get(node.object_id.key) is not None:
+            return False
+        content = self._contents.of(node)
+        if content.entry is not None or small.want(content, urgent=False) is None:
+            return False
+        content.place = place
+        return True

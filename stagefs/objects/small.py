@@ -1,15 +1,12 @@
-"""Small files: fetched whole, many in one pipelined batch, ahead of a task that walks a directory.
+"""Small files: fetched whole, many in one pipelined batch.
 
-A miss on a small object queues it.  When a second neighbour of the same directory is missed,
-the names that follow are queued too, twice as many each time (``ahead``), because a task that
-opened two neighbours usually wants the rest.  Concurrency: trio thread; batches are tasks in
-the nursery of Objects; bounded by ``small_batches_in_flight`` per remote and by the queue's
-own bound (what is asked for ahead is dropped when the queue is full, what a reader waits for
-never is).
+A miss on a small object queues it; what is asked for ahead of a task (``walking``) queues behind
+what somebody waits for, and is dropped when the queue is full.  Concurrency: trio thread;
+batches are tasks in the nursery of Objects, at most ``small_batches_in_flight`` per remote.
 """
 
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -49,27 +46,6 @@ def _small_object(content: Content, whole: WholeObject) -> SmallObject:
     )
 
 
-class Walk:
-    """How a task goes through one directory: where it was last, and how far ahead we are."""
-
-    __slots__ = ("ahead", "cookie", "queued_until")
-
-    def __init__(self, cookie: int) -> None:
-        self.cookie = cookie
-        self.queued_until = cookie
-        self.ahead = 0
-
-    def step(self, cookie: int, ahead_max: int) -> int:
-        """Note a read of the name at ``cookie``; returns how many names to queue (0: none)."""
-        if self.cookie < cookie <= max(self.queued_until, self.cookie) + 16:
-            self.ahead = min(max(4, self.ahead * 2), ahead_max)
-        elif cookie != self.cookie:
-            self.ahead = 0
-            self.queued_until = cookie
-        self.cookie = max(cookie, self.cookie) if self.ahead else cookie
-        return self.ahead
-
-
 class SmallFetcher:
     def __init__(
         self,
@@ -91,29 +67,9 @@ class SmallFetcher:
         self._arrived = arrived
         self._queues: dict[int, deque[Wanted]] = {}
         self._running: dict[int, int] = {}
-        self._walks: OrderedDict[int, Walk] = OrderedDict()
 
-    def takes(self, content: Content) -> bool:
-        return content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
-
-    def walk(self, directory: int) -> Walk | None:
-        return self._walks.get(directory)
-
-    def step(self, directory: int, cookie: int) -> tuple[int, int]:
-        """A task missed the small file at ``cookie`` of ``directory``: (after, count) to queue."""
-        walk = self._walks.get(directory)
-        if walk is None:
-            self._walks[directory] = Walk(cookie)
-            if len(self._walks) > 1024:
-                self._walks.popitem(last=False)
-            return cookie, 0
-        count = walk.step(cookie, self._settings.small_ahead_max)
-        return max(walk.queued_until, cookie), count
-
-    def queued(self, directory: int, until: int) -> None:
-        walk = self._walks.get(directory)
-        if walk is not None:
-            walk.queued_until = until
+    def takes_size(self, size_bytes: int) -> bool:
+        return size_bytes <= WHOLE_OBJECT_BYTES_MAX
 
     def want(self, content: Content, *, urgent: bool) -> Shared | None:
         """Queue ``content``; the answer is set when it has arrived or failed."""
