@@ -25,7 +25,8 @@ BUSY_TIMEOUT_S = 20.0
 _MAGIC = b"SQLite format 3\0"
 _PAGE_CACHE_KIB = 8 << 10
 # A daemon checkpoints long before; this only bounds the log of one that never does.
-_WAL_PAGES_MAX = 1 << 15
+_WAL_PAGES_MAX = 1 << 16
+_WAL_PAGES_LARGE = 1 << 14
 _WAL_KEPT_BYTES = 32 << 20
 _TURN_TRIES = 3
 
@@ -90,17 +91,35 @@ def connect(path: Path) -> sqlite3.Connection:
 def checkpoint(path: Path) -> bool:
     """Move the log into the file.  Blocks and syncs; may run beside readers and writers.
 
-    True when all of it was moved.
+    True when all of it was moved, so that the next change begins the log anew.
     """
     try:
         connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
         try:
-            busy, logged, moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            return move_log(connection)
         finally:
             connection.close()
     except sqlite3.Error as exc:
         raise translated(exc, path) from exc
-    return not busy and logged == moved
+
+
+def move_log(connection: sqlite3.Connection) -> bool:
+    """Move the log until nothing was added to it meanwhile, for only then it begins anew.
+
+    SQLite reports the log as it was when the move began, so a second look tells.  When
+    changes come too fast and the log is large, the last pages are moved while writers wait.
+    """
+    before = -1
+    for mode in ("PASSIVE", "PASSIVE", "PASSIVE", "RESTART"):
+        if mode == "RESTART" and before < _WAL_PAGES_LARGE:
+            return False
+        busy, logged, moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        if busy or moved < logged:
+            return False
+        if logged == before:
+            return True
+        before = logged
+    return True
 
 
 def _make_file(path: Path) -> None:

@@ -16,15 +16,15 @@ import msgspec
 from stagefs.errors import InvalidCatalog, NotADirectory, ReadOnly, StageFSError
 from stagefs.model import ROOT_INODE, Inode
 from stagefs.namespace.catalog import declared_version
-from stagefs.namespace.database import Turn, connect, open_database
+from stagefs.namespace.database import Turn, connect, move_log, open_database
 from stagefs.namespace.edit import PLACE_BITS, Edit
 from stagefs.namespace.node import Node, NodeKind, decoded_name, encoded_name
 from stagefs.namespace.rows import FOUND, KEPT, Rows, fingerprint
 from stagefs.namespace.scratch import Directory, Row, Scratch
 
-TURN_S = 0.010
+TURN_S = 0.005
 _ROWS_MIN, _ROWS_START, _ROWS_MAX = 50, 300, 5000
-_CHECKPOINT_ROWS = 50_000
+_CHECKPOINT_ROWS = 25_000
 
 _INSERT_NODE = (
     "INSERT INTO nodes (inode, kind, mode, nlink, size_bytes, mtime_ns, ctime_ns, url, version,"
@@ -186,10 +186,10 @@ class Inserter:
             yield done
             if since_checkpoint >= _CHECKPOINT_ROWS:
                 since_checkpoint = 0
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                move_log(self._connection)
         if self._sequence == 0:
             self._insert([])
-        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        move_log(self._connection)
 
     def _insert(self, batch: list[Row]) -> None:
         self._turn.step_back()

@@ -5,9 +5,9 @@ outside of transactions; every cursor is emptied at once, so that no read transa
 open and checkpoints can complete.
 """
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
+from zlib import crc32
 
 import msgspec
 
@@ -118,9 +118,13 @@ def checksum_from(text: str) -> Checksum:
 
 
 def fingerprint(url: str, version: str) -> int:
-    """A short hash of an object id, for an index that stays small."""
-    digest = hashlib.blake2b(f"{url}\0{version}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+    """A short hash of an object id, for an index that stays small.
+
+    Neighbours by URL are neighbours here: a hash without that would write another page of the
+    index for each name of an import.
+    """
+    directory = crc32(url.rpartition("/")[0].encode()) & 0x7FFFFFFF
+    return directory << 32 | crc32(f"{url}\0{version}".encode())
 
 
 class Rows:
