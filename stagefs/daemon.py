@@ -101,7 +101,9 @@ def _begin_log(state: Path, settings: Settings) -> None:
         state / LOG_NAME, maxBytes=settings.state.log_bytes_max, backupCount=3, delay=True
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=settings.log.level.upper(), handlers=[handler], force=True)
+    # Libraries write whole requests, secrets included, below WARNING.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("stagefs").setLevel(settings.log.level.upper())
     logging.captureWarnings(capture=True)
 
 
