@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import obstore
 import trio
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, InvalidPathError
 from obstore.store import S3Store
 
 from stagefs.errors import (
@@ -194,18 +194,25 @@ def _pages(store: S3Store, url: str) -> Iterator[Page]:
     prefix = _key(url).strip("/")
     base = prefix + "/" if prefix else ""
     last, empty = "", True
-    for objects in obstore.list(store, prefix or None, chunk_size=LIST_PAGE_NAMES):
-        empty = False
-        below = [one for one in objects if one["path"].startswith(base)]
-        if any("/" in one["path"].removeprefix(base) for one in below):
-            yield from _one_level(store, url, base, after=last)
+    try:
+        for objects in obstore.list(store, prefix or None, chunk_size=LIST_PAGE_NAMES):
+            empty = False
+            below = [one for one in objects if one["path"].startswith(base)]
+            if any("/" in one["path"].removeprefix(base) for one in below):
+                break
+            page = [entry for one in below if (entry := _listed(url, base, one)) is not None]
+            last = max((one["path"] for one in below), default=last)
+            if page:
+                yield page
+        else:
+            if empty and prefix:
+                raise ObjectMissing(f"{url} does not exist: no key begins with it.")
             return
-        page = [entry for one in below if (entry := _listed(url, base, one)) is not None]
-        last = max((one["path"] for one in below), default=last)
-        if page:
-            yield page
-    if empty and prefix:
-        raise ObjectMissing(f"{url} does not exist: no key begins with it.")
+    except InvalidPathError:
+        # One key below cannot be expressed by obstore, which then lists nothing more.  When it
+        # is deeper than one level, the level itself can still be listed.
+        pass
+    yield from _one_level(store, url, base, after=last)
 
 
 def _one_level(store: S3Store, url: str, base: str, *, after: str) -> Iterator[Page]:

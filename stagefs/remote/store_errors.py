@@ -90,6 +90,13 @@ _OF_WORDS: tuple[tuple[tuple[str, ...], Callable[[str], StageFSError]], ...] = (
     # Where obstore looks for the identity of a machine or container when it has no keys.
     (("169.254.169.254", "169.254.170.2"), lambda url: _denied(url, "")),
     (
+        ("object with invalid path",),
+        lambda url: RemoteError(
+            f"{url} cannot be listed: a key in it holds a control character or an empty segment; "
+            "rename it, or stage in the objects by their names."
+        ),
+    ),
+    (
         ("kind: Timeout", "TimedOut"),
         lambda url: DeadlineExceeded(
             f"{url} did not answer in time: the server or the way to it is stalled; "

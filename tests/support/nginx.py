@@ -60,7 +60,7 @@ http {{
             auth_basic_user_file {top}/passwords;
         }}
         location /nohead/ {{
-            limit_except GET {{ deny all; }}
+            if ($request_method = HEAD) {{ return 405; }}
             alias {root}/;
         }}
         location /forbidden/ {{ return 403; }}
