@@ -37,7 +37,7 @@ def test_catalog_name_that_leads_out(
     mount = new_mount(anybody)
     catalog = mount.state.with_name("catalog.jsonl")
     catalog.write_text(json.dumps({"name": name, "url": web.url("x"), "size": 1}) + "\n")
-    assert "line 1" in sentence(mount.stagefs("import", catalog, check=False))
+    assert "line 1" in sentence(mount.stagefs("import", catalog, check=False)).lower()
     assert mount.run("find", "MNT/staging", "-mindepth", "1").stdout == b""
 
 
