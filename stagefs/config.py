@@ -65,7 +65,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     capacity_share: Share = 0.5
     capacity_bytes_max: Bytes = 200 * GIB
     high_watermark: Share = 0.95
-    low_watermark: Share = 0.85
+    low_watermark: Share = 0.9
     free_floor_bytes: Bytes | None = None
     """Free space that is left to others; None: 2 % of the file system, at most 2 GiB."""
     chunk_bytes: Bytes = CHUNK_BYTES

@@ -120,15 +120,22 @@ def _open_cache(directory: Path, settings: Settings) -> Cache | None:
     """None when the disk cannot take a cache: reading goes on without one, and says so."""
     limits = cache_limits(settings.cache, directory)
     try:
-        return Cache.open(
+        cache = Cache.open(
             directory,
             capacity_bytes=limits.capacity_bytes,
             chunk_bytes=settings.cache.chunk_bytes,
             free_floor_bytes=limits.free_floor_bytes,
+            high_mark=settings.cache.high_watermark,
+            low_mark=settings.cache.low_watermark,
         )
     except CacheFailed as error:
         log.error("running without a cache: %s", error)
         return None
+    # A share of the free space: what is cached already counts as free, or a full cache would
+    # shrink at each start.
+    limits = cache_limits(settings.cache, directory, cached_bytes=cache.used_bytes)
+    cache.capacity_bytes = limits.capacity_bytes
+    return cache
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings, handoff: session.Handoff) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from stagefs.config import CacheSettings, Settings, environment, size_text
+from stagefs.config import CacheSettings, Settings, environment
 from stagefs.errors import UnsuitableState
 from stagefs.model import GIB, MIB
 
@@ -177,17 +177,10 @@ def make_private_directory(path: Path, *, uid: int) -> None:
 
 
 class CacheLimits(msgspec.Struct, frozen=True):
-    """What the cache may hold, in bytes.  Eviction begins above ``high`` and ends at ``low``;
-    nothing is cached when the disk has less than ``free_floor`` left.
-    """
+    """What the cache may hold, and what must stay free on its disk."""
 
     capacity_bytes: int
-    high_bytes: int
-    low_bytes: int
     free_floor_bytes: int
-
-    def __str__(self) -> str:
-        return size_text(self.capacity_bytes)
 
 
 def cache_limits(settings: CacheSettings, directory: Path, *, cached_bytes: int = 0) -> CacheLimits:
@@ -207,9 +200,4 @@ def cache_limits(settings: CacheSettings, directory: Path, *, cached_bytes: int 
     if floor_bytes is None:
         disk_bytes = disk.f_blocks * disk.f_frsize
         floor_bytes = min(int(disk_bytes * _FREE_FLOOR_SHARE), _FREE_FLOOR_BYTES_MAX)
-    return CacheLimits(
-        capacity_bytes=capacity_bytes,
-        high_bytes=int(capacity_bytes * settings.high_watermark),
-        low_bytes=int(capacity_bytes * settings.low_watermark),
-        free_floor_bytes=floor_bytes,
-    )
+    return CacheLimits(capacity_bytes=capacity_bytes, free_floor_bytes=floor_bytes)
