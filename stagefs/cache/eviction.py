@@ -30,6 +30,8 @@ from stagefs.errors import CacheFailed
 _ROWS_AT_A_TIME = 64
 # Rows looked at in one plan: bounds its time in the trio thread when most of them must stay.
 _ROWS_MAX = 2048
+# A segment of which more than half must stay is left alone for this long.
+_STUCK_S = 60
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Eviction:
         self._leases = leases
         self._entries = entries
         self._leaving_segments: set[int] = set()
+        # Segments that mostly had to stay, and when that was found.
+        self._stuck_segments: dict[int, float] = {}
         self._resume_after = (-1, -1)
 
     # The trio thread.
@@ -129,7 +133,7 @@ class Eviction:
         if row.segment:
             if row.segment in plan.segments or row.segment in self._leaving_segments:
                 return 0
-            if self._leases.covers(key):
+            if self._leases.covers(key) or self._is_stuck(row.segment):
                 return 0
             plan.segments.append(row.segment)
             # At least half: see _survivors.
@@ -138,6 +142,10 @@ class Eviction:
         if self._leases.covers(key) or (entry is not None and entry.holds):
             return 0
         return self._choose_file(plan, key, row)
+
+    def _is_stuck(self, number: int) -> bool:
+        since = self._stuck_segments.get(number)
+        return since is not None and self._ledger.clock() - since < _STUCK_S
 
     def _choose_file(self, plan: Plan, key: str, row: IndexRow) -> int:
         entry = self._entries.get(key)
@@ -238,6 +246,10 @@ class Eviction:
         try:
             rows = self._ledger.index.rows_of_segment(number)
             survivors = self._survivors(rows, plan)
+            staying_bytes = sum(row.disk_bytes for row in survivors)
+            if staying_bytes > self._segments.disk_bytes(number) // 2:
+                self._stuck_segments[number] = self._ledger.clock()
+                return 0
             moved = self._append_again(number, survivors)
         except (CacheFailed, OSError):
             # No room to move anything: a pinned record keeps its segment, others give way.
@@ -246,6 +258,7 @@ class Eviction:
             moved = []
         self._ledger.tolerate(lambda: self._ledger.index.move_segment(number, moved))
         freed = self._segments.remove(number)
+        self._stuck_segments.pop(number, None)
         stayed = {key for key, *_ in moved}
         for row in rows:
             if row.key in stayed:

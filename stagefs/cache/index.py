@@ -137,6 +137,8 @@ class Index:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = OFF")
+            # The log counts as used space: a small cache must not be filled by it.
+            connection.execute("PRAGMA wal_autocheckpoint = 256")
         except sqlite3.Error:
             connection.close()
             raise
@@ -293,14 +295,6 @@ class Index:
                 "SELECT value FROM facts WHERE name = ?", (name,)
             ).fetchone()
         return 0 if found is None else int(found[0])
-
-    def file_bytes(self) -> int:
-        """What the index itself takes on disk."""
-        total = 0
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(f"{self._path}{suffix}").st_blocks * 512
-        return total
 
 
 def read_rows(path: Path, *, url: bytes | None = None) -> list[IndexRow] | None:

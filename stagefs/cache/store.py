@@ -429,12 +429,15 @@ class Cache:
         self._overhead_bytes = self._measure_overhead()
 
     def _measure_overhead(self) -> int:
-        """What the index and the directories take."""
-        total = self._index.file_bytes()
-        directories = [self._paths.directory, self._paths.segments, self._paths.objects]
+        """What all takes that is neither an object's file nor a segment: a few hundred names."""
+        total = 0
         with contextlib.suppress(OSError):
-            total += sum(allocated_bytes(each.stat()) for each in directories)
-            total += sum(allocated_bytes(each.stat()) for each in os.scandir(self._paths.objects))
+            total = allocated_bytes(self._paths.directory.stat())
+            for directory in (self._paths.directory, self._paths.objects):
+                with os.scandir(directory) as found:
+                    for each in found:
+                        with contextlib.suppress(FileNotFoundError):
+                            total += allocated_bytes(each.stat(follow_symlinks=False))
         return total
 
     @property
