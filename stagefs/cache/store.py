@@ -149,6 +149,10 @@ class Cache:
         self._locked.close()
         self._locked = None
 
+    @property
+    def directory(self) -> Path:
+        return self._paths.directory
+
     # Entries.
 
     def entry(self, object_id: ObjectId, *, size_bytes: int) -> Entry | None:
@@ -459,6 +463,10 @@ class Cache:
         self._ledger.flush()
         self._ledger.set_used(self._index.totals().disk_bytes + self._segments.total_disk_bytes())
         return True
+
+    def stop_rebuilding(self) -> None:
+        """Make a rebuild end soon, so that its thread can be waited for.  Any thread."""
+        self._stop.set()
 
     def counters(self) -> Counters:
         return self._ledger.counters()
