@@ -35,7 +35,10 @@ NAME_BYTES_MAX = 255
 HIDDEN = "***"
 
 # Most URLs of a catalog of a million are of this kind and already normal.
-_PLAIN = re.compile(r"https?://[a-z0-9.-]+(?::[0-9]+)?(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+_PLAIN = re.compile(
+    r"https?://[a-z0-9][a-z0-9.-]*(?::(?!80/|443/)[1-9][0-9]{1,3})?"
+    r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+"
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _FORBIDDEN = re.compile(r"[\0\r\n]")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
