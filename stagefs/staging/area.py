@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+import msgspec
+
 from stagefs import __version__
 from stagefs.cache.store import Cache
 from stagefs.config import Settings
@@ -77,6 +79,7 @@ class StagingArea:
         counters = self._objects.counters.snapshot()
         cache = None
         if self._cache is not None:
+            counters |= msgspec.structs.asdict(self._cache.counters())
             try:
                 cache = self._cached.usage_now()
             except CacheFailed:
