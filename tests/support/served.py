@@ -6,6 +6,7 @@ counted, and to make it silent.  Anything finer belongs to the tests of one remo
 
 import abc
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -17,6 +18,9 @@ from stagefs.remote.url import quote_path
 from tests.support.identity import Identity
 from tests.support.nginx import Nginx, running_nginx
 from tests.support.sshd import Sshd, running_sshd
+
+
+FIRST_PUBLICATION_S = 1_750_000_000
 
 
 def content(size_bytes: int, seed: str = "") -> bytes:
@@ -62,14 +66,17 @@ class ServedFiles(abc.ABC):
 
     def __init__(self, objects: Path) -> None:
         self.objects = objects
+        self._publications = itertools.count(1)
 
     def put(self, name: str, data: bytes) -> str:
         path = self.objects / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # A new file under the old name, as a publisher would do it: readers of the old one
-        # keep it, and its modification time is another one.
+        # keep it.  Its time differs by seconds, because nginx's ETag and SFTP know no less.
         fresh = path.with_name("fresh")
         fresh.write_bytes(data)
+        published_s = FIRST_PUBLICATION_S + 10 * next(self._publications)
+        os.utime(fresh, (published_s, published_s))
         fresh.rename(path)
         return self.url(name)
 
