@@ -229,6 +229,8 @@ class CacheOperations:
             keys = [subject.key for subject in await self._subjects(request.subject)]
         else:
             keys = [row.key.hex() for row in await self._rows()]
+        # What came since the last flush has no row yet.
+        await trio.to_thread.run_sync(self._cache.flush_index)
         # What is only kept open for the next reader may go.
         self._objects.close_idle()
         freed = kept = 0

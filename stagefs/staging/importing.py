@@ -6,7 +6,8 @@ stays, and importing again goes on from there.
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
@@ -84,20 +85,21 @@ async def run_import(
 
 
 async def _heard(output: trio.abc.ReceiveStream, progress: ProgressCallback) -> _Result | None:
-    async for text in _lines(output):
-        line = msgspec.json.decode(text, type=_Line)
-        if line.error is not None:
-            raise ImportRefused(line.error, line.exit_code)
-        if line.result is not None:
-            return line.result
-        if line.phase is not None:
-            unit = _UNITS.get(line.phase, "names")
-            what = "checking the catalog" if unit == "bytes" else "importing"
-            progress(Progress(what, line.done, line.total, unit=unit))
+    async with aclosing(_lines(output)) as lines:
+        async for text in lines:
+            line = msgspec.json.decode(text, type=_Line)
+            if line.error is not None:
+                raise ImportRefused(line.error, line.exit_code)
+            if line.result is not None:
+                return line.result
+            if line.phase is not None:
+                unit = _UNITS.get(line.phase, "names")
+                what = "checking the catalog" if unit == "bytes" else "importing"
+                progress(Progress(what, line.done, line.total, unit=unit))
     return None
 
 
-async def _lines(output: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
+async def _lines(output: trio.abc.ReceiveStream) -> AsyncGenerator[bytes, None]:
     left = b""
     while piece := await output.receive_some():
         *lines, left = (left + piece).split(b"\n")
