@@ -15,6 +15,7 @@ rescued: ``Ledger.leaving`` has its key until a worker really takes it.
 import contextlib
 import heapq
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stagefs.cache import layout
@@ -79,11 +80,14 @@ class Eviction:
         self._note_segments(plan)
         return plan
 
-    def plan_of(self, rows: list[IndexRow]) -> Plan:
-        """Remove exactly these entries, but for those held or leased (``Plan.kept``)."""
+    def plan_of(self, keys: Iterable[str]) -> Plan:
+        """Remove exactly these entries, but for those held or leased (``Plan.kept``).  Raises
+        CacheFailed."""
         plan = Plan()
-        for row in rows:
-            key = row.key.hex()
+        for key in keys:
+            row = self._row(key)
+            if row is None:
+                continue
             entry = self._entries.get(key)
             if self._leases.covers(key) or (entry is not None and entry.holds):
                 plan.kept.append(key)
@@ -120,12 +124,15 @@ class Eviction:
         """Entries used, or new, since the index was written: newer than all the others."""
         freed = 0
         for key, _ in sorted(plan.used_at.items(), key=lambda used: used[1]):
-            row = self._ledger.growing_row(key) or self._ledger.index.row(bytes.fromhex(key))
+            row = self._row(key)
             if row is not None:
                 freed += self._choose(plan, row)
             if freed >= wanted_bytes:
                 break
         return freed
+
+    def _row(self, key: str) -> IndexRow | None:
+        return self._ledger.growing_row(key) or self._ledger.index.row(bytes.fromhex(key))
 
     def _choose(self, plan: Plan, row: IndexRow) -> int:
         """Take this row's entry into the plan if it may go; returns the bytes that frees."""

@@ -5,8 +5,9 @@ from them (rebuild.py).  What it must not lose while it is there is a *row for e
 or a file would never be evicted: what it does not know yet is in the journal (journal.py).
 
 Concurrency: one connection for writing, used under a lock by worker threads; one for
-reading that only the event loop's thread uses (``place_of``), which write-ahead logging
-never makes wait.  synchronous=OFF: a kill -9 loses nothing, a power cut may lose the index.
+reading, which write-ahead logging never makes wait for a writer and which any thread uses
+(SQLite lets one step in at a time).  synchronous=OFF: a kill -9 loses nothing, a power cut
+may lose the index.
 """
 
 import contextlib
@@ -277,10 +278,20 @@ class Index:
             ).fetchall()
         return [IndexRow(*row[1:]) for row in found]
 
+    # Any thread.
+
     def rows(self, *, url: bytes | None = None) -> list[IndexRow]:
         """All entries (of ``url``), most recently used first."""
-        with self._lock, self._translated("read"):
-            return _listed(self._writer, url)
+        with self._translated("read"):
+            return _listed(self._reader, url)
+
+    def page(self, *, after: bytes, limit: int) -> list[IndexRow]:
+        """Up to ``limit`` rows in order of their keys, beginning behind ``after``."""
+        with self._translated("read"):
+            found = self._reader.execute(
+                "SELECT * FROM listed WHERE key > ? ORDER BY key LIMIT ?", (after, limit)
+            ).fetchall()
+        return [IndexRow(*row[1:]) for row in found]
 
     def totals(self) -> Totals:
         return Totals(
@@ -290,8 +301,8 @@ class Index:
         )
 
     def fact(self, name: str) -> int:
-        with self._lock, self._translated("read"):
-            found = self._writer.execute(
+        with self._translated("read"):
+            found = self._reader.execute(
                 "SELECT value FROM facts WHERE name = ?", (name,)
             ).fetchone()
         return 0 if found is None else int(found[0])

@@ -167,6 +167,10 @@ class Leases:
         owners = self._leases.get(key, {})
         return [lease for lease in owners.values() if not lease.has_ended(now)]
 
+    def count(self) -> int:
+        """Leases, those included that ended since the last ``expire``.  Any thread."""
+        return sum(map(len, list(self._leases.values())))
+
     def list(self) -> list[Lease]:
         """All leases that have not ended, by key and owner."""
         now = self._clock()

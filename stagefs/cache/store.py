@@ -391,12 +391,7 @@ class Cache:
     def plan_eviction(self, keys: Iterable[str]) -> Plan | None:
         """Evict exactly these; those held or leased stay and are named in ``Plan.kept``.  None
         when there is none of them.  Trio thread.  Then ``carry_out`` in a worker."""
-
-        def choose() -> Plan:
-            rows = [self._index.row(bytes.fromhex(key)) for key in keys]
-            return self._eviction.plan_of([row for row in rows if row is not None])
-
-        return self._plan(choose)
+        return self._plan(lambda: self._eviction.plan_of(keys))
 
     # Pins and leases.
 
@@ -472,7 +467,7 @@ class Cache:
         return self._ledger.counters()
 
     def usage(self) -> Usage:
-        """Worker.  Raises CacheFailed."""
+        """Any thread; some quick reads of the index.  Raises CacheFailed."""
         totals = self._index.totals()
         return Usage(
             entries=totals.entries,
@@ -481,7 +476,7 @@ class Cache:
             capacity_bytes=self.capacity_bytes,
             free_bytes=self._free_bytes(),
             free_floor_bytes=self.free_floor_bytes,
-            leases=len(self._leases.list()),
+            leases=self._leases.count(),
             index_complete=self._index.is_complete,
             counters=self._ledger.counters(),
         )
@@ -492,3 +487,12 @@ class Cache:
         self._ledger.flush()
         wanted = None if url is None else url.encode("utf-8", "surrogateescape")
         return self._index.rows(url=wanted)
+
+    def rows_after(self, key: str, *, limit: int) -> list[IndexRow]:
+        """Up to ``limit`` entries by key, behind ``key`` ("": from the first): for long lists in
+        pages, as of the last flush.  Any thread.  Raises CacheFailed."""
+        return self._index.page(after=bytes.fromhex(key), limit=limit)
+
+    def row(self, key: str) -> IndexRow | None:
+        """As of the last flush.  Any thread.  Raises CacheFailed."""
+        return self._index.row(bytes.fromhex(key))
