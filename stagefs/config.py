@@ -126,6 +126,10 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     ca_file: str | None = None
     """Certificates to trust in place of the system's."""
     netrc: bool = True
+    token_file: str | None = None
+    """A bearer token.  Also BEARER_TOKEN_FILE."""
+    token_hosts: str | None = None
+    """Hosts and domains, separated by commas, that get the token, over https only."""
     connect_timeout_s: Seconds | None = None
     progress_timeout_s: Seconds | None = None
     attempts: Count | None = None

@@ -8,12 +8,10 @@ credentials along.  Never asks for an encoded body.  What answers mean is decide
 
 import contextlib
 import http.client
-import netrc
 import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urldefrag, urljoin
 
@@ -35,6 +33,7 @@ from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.batch import fetch_each, too_large
 from stagefs.remote.credentials import CredentialStore
+from stagefs.remote.http_access import authorization, proxy_of, trusting
 from stagefs.remote.http_answers import (
     answer_to_range,
     check_encoding,
@@ -283,7 +282,7 @@ class HttpRemote:
         first = target = parse(self._credentials.reveal(url))
         sent = {"Accept-Encoding": "identity", "User-Agent": "stagefs", **headers}
         for _ in range(REDIRECTS_MAX + 1):
-            own = self._authorization(target) if target.host_url == first.host_url else {}
+            own = authorization(self._settings, target) if target.host_url == first.host_url else {}
             response = self._client(target).urlopen(
                 method,
                 str(msgspec.structs.replace(target, user=None, password=None)),
@@ -301,40 +300,8 @@ class HttpRemote:
             target = _redirected(url, target, location)
         raise RemoteError(f"The server redirects {url} more than {REDIRECTS_MAX} times.")
 
-    def _authorization(self, target: RemoteUrl) -> dict[str, str]:
-        user, password = target.user, target.password
-        if user is not None and password is None:
-            # A lone user is a name that netrc knows, or a token (as git hosts take it).
-            password = self._netrc_password(target.host, user) or ""
-        elif user is None:
-            login = self._netrc_login(target.host)
-            if login is None:
-                return {}
-            user, password = login
-        return urllib3.make_headers(basic_auth=f"{user}:{password}")
-
-    def _netrc_password(self, host: str, user: str) -> str | None:
-        login = self._netrc_login(host)
-        return login[1] if login is not None and login[0] == user else None
-
-    def _netrc_login(self, host: str) -> tuple[str, str] | None:
-        """User and password for this very host; netrc's ``default`` would send a password to
-        any server."""
-        settings = self._settings
-        named = settings.environment.get("NETRC")
-        if not settings.http.netrc or not (named or settings.home):
-            return None
-        path = Path(named) if named else (settings.home or Path()) / ".netrc"
-        try:
-            entry = netrc.netrc(str(path)).hosts.get(host)
-        except FileNotFoundError:
-            return None
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as exc:
-            raise RemoteError(f"The file {path} cannot be read: mend it or remove it.") from exc
-        return None if entry is None else (entry[0], entry[2])
-
     def _client(self, target: RemoteUrl) -> urllib3.PoolManager:
-        proxy = _proxy(self._settings, target)
+        proxy = proxy_of(self._settings, target)
         with self._clients_lock:
             if proxy not in self._clients:
                 self._clients[proxy] = _new_client(self._settings, proxy)
@@ -351,15 +318,8 @@ def _new_client(settings: RemoteSettings, proxy: str | None) -> urllib3.PoolMana
             read=max(settings.answer_timeout_s, settings.progress_timeout_s),
         ),
     }
-    ca_file = settings.http.ca_file
-    if ca_file is not None:
-        try:
-            options["ssl_context"] = ssl.create_default_context(cafile=ca_file)
-        except OSError as exc:
-            raise RemoteError(
-                f"The certificates in {ca_file} ([remote.http] ca_file) cannot be read "
-                f"({exc.strerror or 'no PEM certificate'}): name a file of PEM certificates."
-            ) from exc
+    if settings.http.ca_file is not None:
+        options["ssl_context"] = trusting(settings.http.ca_file)
     client: urllib3.PoolManager
     if proxy is None:
         client = urllib3.PoolManager(**options)
@@ -373,26 +333,6 @@ def _new_client(settings: RemoteSettings, proxy: str | None) -> urllib3.PoolMana
         client = urllib3.ProxyManager(str(bare), **options)
     client.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
     return client
-
-
-def _proxy(settings: RemoteSettings, target: RemoteUrl) -> str | None:
-    environment = settings.environment
-    excluded = environment.get("no_proxy", "NO_PROXY")
-    if excluded and _excluded(target.host, excluded):
-        return None
-    # The upper-case HTTP_PROXY is left alone by most programs, as CGI servers let clients set it.
-    proxy = environment.get(f"{target.scheme}_proxy", "all_proxy", "ALL_PROXY")
-    if proxy is None and target.scheme == "https":
-        proxy = environment.get("HTTPS_PROXY")
-    if proxy is not None and "://" not in proxy:
-        proxy = "http://" + proxy
-    return proxy
-
-
-def _excluded(host: str, excluded: str) -> bool:
-    """Whether ``no_proxy`` names the host: ``*``, the host, or a domain that it is in."""
-    domains = (part.strip().lower().lstrip(".") for part in excluded.split(","))
-    return any(d == "*" or (d and (host == d or host.endswith("." + d))) for d in domains)
 
 
 def _redirected(url: str, target: RemoteUrl, location: str) -> RemoteUrl:

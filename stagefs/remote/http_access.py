@@ -1,0 +1,102 @@
+"""Who a web server is told we are, and the way to it: logins, tokens, proxies, certificates.
+
+Where credentials come from, first found first taken: the URL itself; the bearer token of
+``[remote.http] token_file`` or BEARER_TOKEN_FILE, for the hosts in ``token_hosts`` and over https
+only; netrc.  Files are read again for each request, because pilots renew them in place.
+No message holds what was read.
+"""
+
+import netrc
+import ssl
+from pathlib import Path
+
+import urllib3
+
+from stagefs.errors import AccessDenied, RemoteError
+from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.url import RemoteUrl
+
+
+def authorization(settings: RemoteSettings, target: RemoteUrl) -> dict[str, str]:
+    """The Authorization header for a request, or none.  ``target`` has its secrets."""
+    user, password = target.user, target.password
+    if user is None:
+        token = _bearer_token(settings, target)
+        if token is not None:
+            return {"Authorization": f"Bearer {token}"}
+        login = _netrc_login(settings, target.host)
+        if login is None:
+            return {}
+        user, password = login
+    elif password is None:
+        # A lone user is a name that netrc knows, or a token (as git hosts take it).
+        login = _netrc_login(settings, target.host)
+        password = login[1] if login is not None and login[0] == user else ""
+    return urllib3.make_headers(basic_auth=f"{user}:{password}")
+
+
+def proxy_of(settings: RemoteSettings, target: RemoteUrl) -> str | None:
+    """The proxy that the environment names for a URL."""
+    environment = settings.environment
+    excluded = environment.get("no_proxy", "NO_PROXY")
+    if excluded and names_host(excluded, target.host):
+        return None
+    # The upper-case HTTP_PROXY is left alone by most programs: a CGI server lets clients set it.
+    proxy = environment.get(f"{target.scheme}_proxy")
+    if proxy is None and target.scheme == "https":
+        proxy = environment.get("HTTPS_PROXY")
+    proxy = proxy or environment.get("all_proxy", "ALL_PROXY")
+    if proxy is not None and "://" not in proxy:
+        proxy = "http://" + proxy
+    return proxy
+
+
+def names_host(names: str, host: str) -> bool:
+    """Whether a list separated by commas names the host: ``*``, itself, or a domain it is in."""
+    domains = (name.strip().lower().removeprefix("*.").lstrip(".") for name in names.split(","))
+    return any(d == "*" or (d and (host == d or host.endswith("." + d))) for d in domains)
+
+
+def trusting(ca_file: str) -> ssl.SSLContext:
+    """Trust in the certificates of a file alone.  Raises RemoteError."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as exc:
+        raise RemoteError(
+            f"The certificates in {ca_file} ([remote.http] ca_file) cannot be read "
+            f"({exc.strerror or 'no PEM certificate'}): name a file of PEM certificates."
+        ) from exc
+
+
+def _bearer_token(settings: RemoteSettings, target: RemoteUrl) -> str | None:
+    if target.scheme != "https" or not names_host(settings.http.token_hosts or "", target.host):
+        return None
+    path = settings.http.token_file or settings.environment.get("BEARER_TOKEN_FILE")
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise AccessDenied(
+            f"The token for {target.host} in {path} cannot be read: renew it, or mend "
+            "[remote.http] token_file."
+        ) from exc
+    if not token or not token.isprintable():
+        raise AccessDenied(f"The file {path} holds no token for {target.host}: renew it.")
+    return token
+
+
+def _netrc_login(settings: RemoteSettings, host: str) -> tuple[str, str] | None:
+    """User and password for this very host; netrc's ``default`` would send a password to any
+    server."""
+    named = settings.environment.get("NETRC")
+    if not settings.http.netrc or not (named or settings.home):
+        return None
+    path = Path(named) if named else (settings.home or Path()) / ".netrc"
+    try:
+        entry = netrc.netrc(str(path)).hosts.get(host)
+    except FileNotFoundError:
+        return None
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as exc:
+        raise AccessDenied(f"The file {path} cannot be read: mend it or remove it.") from exc
+    return None if entry is None else (entry[0], entry[2])
