@@ -283,9 +283,10 @@ async def start(connect: Connect) -> Engine:
 
 
 def _spawn(theirs: socket.socket, stderr_fd: int, host: str) -> subprocess.Popen[bytes]:
-    # -P: nothing is imported from the daemon's working directory.
+    # -P: nothing is imported from the daemon's working directory.  What is written to stderr
+    # is taken for the cause of an end: no warnings there.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", ENGINE_MODULE, str(theirs.fileno()), host],
+        [sys.executable, "-P", "-W", "ignore", "-m", ENGINE_MODULE, str(theirs.fileno()), host],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr_fd,

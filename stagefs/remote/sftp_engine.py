@@ -8,6 +8,7 @@ clients end with it.  It knows neither trio nor the cache.
 """
 
 import array
+import importlib
 import os
 import selectors
 import socket
@@ -239,7 +240,17 @@ def main() -> None:
     assert received is not None
     order, _ = received
     assert isinstance(order, Connect)
-    Engine(port, order, sftp_openssh.OpenSshClient(order)).run()
+    Engine(port, order, _client(order)).run()
+
+
+def _client(order: Connect) -> Client:
+    """OpenSSH unless it is not there, a password is needed, or the settings say otherwise."""
+    openssh = sftp_openssh.available(order.program) and order.password is None
+    if order.client == "openssh" or (order.client == "auto" and openssh):
+        return sftp_openssh.OpenSshClient(order)
+    # Costs 0.1 s and 20 MB, for few.
+    client: Client = importlib.import_module("stagefs.remote.sftp_paramiko").ParamikoClient(order)
+    return client
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ class OpenSshClient:
 
     def start(self) -> "OpenSshTransport":
         """Raises Failure."""
+        if self._order.password is not None:
+            reason = 'a password was given, which the ssh program cannot use: set client = "auto"'
+            raise Failure(FailureKind.REFUSED, reason)
         if self._command is None:
             self._command = [*_command(self._order), *_configured_options(self._order)]
         host = self._order.host

@@ -24,7 +24,7 @@ from tests.support.nginx import Nginx, running_nginx
 from tests.support.rgw import Rgw, available, running_rgw
 from tests.support.sshd import Sshd, running_sshd
 
-SUBJECTS = ("memory", "file", "http", "http_html", "s3", "ssh")
+SUBJECTS = ("memory", "file", "http", "http_html", "s3", "ssh", "paramiko")
 MakeSubject: TypeAlias = Callable[[], Subject]
 
 
@@ -90,3 +90,10 @@ def ssh_subject(sshd: Sshd, tmp_path: Path) -> MakeSubject:
     top = tmp_path / "objects"
     top.mkdir()
     return lambda: SshSubject(sshd, top)
+
+
+@pytest.fixture
+def paramiko_subject(sshd: Sshd, tmp_path: Path) -> MakeSubject:
+    top = tmp_path / "objects"
+    top.mkdir()
+    return lambda: SshSubject(sshd, top, client="paramiko")

@@ -41,12 +41,27 @@ def _servers() -> Iterator[dict[str, Sshd]]:
 @pytest.fixture(params=LOGINS)
 def server(request: pytest.FixtureRequest, _servers: dict[str, Sshd]) -> Sshd:
     """Shared between tests: they leave it as it was."""
-    name: str = request.param
-    if name not in _servers:
+    return _server_of(request.param, _servers)
+
+
+def _server_of(name: str, servers: dict[str, Sshd]) -> Sshd:
+    if name not in servers:
         root = Path(tempfile.mkdtemp(prefix="stagefs-sshd-"))
         root.chmod(0o755)
-        _servers[name] = Sshd(root, Login.of(name))
-    return _servers[name]
+        servers[name] = Sshd(root, Login.of(name))
+    return servers[name]
+
+
+@pytest.fixture
+def my_server(_servers: dict[str, Sshd]) -> Sshd:
+    """As ``server``, for tests that have nothing to say about logins."""
+    return _server_of(LOGINS[0], _servers)
+
+
+@pytest.fixture(params=["openssh", "paramiko"])
+def client(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture

@@ -83,91 +83,103 @@ def reconfigured(server: Sshd, directory: Path, old: str, new: str) -> str:
 
 
 async def test_an_unknown_host_key_is_refused(
-    server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make, client: str
 ) -> None:
     nothing = directory / "known"
-    config = reconfigured(server, directory, str(server.known_hosts), str(nothing))
+    config = reconfigured(my_server, directory, str(my_server.known_hosts), str(nothing))
     with pytest.raises(AccessDenied, match=r"127\.0\.0\.1 is not known here: .*known_hosts"):
-        await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+        await remote_to(my_server, config=config, client=client).stat(f"{my_server.url}/etc/passwd")
 
 
 @pytest.mark.parametrize("option", ["no", "off"])
 async def test_no_configuration_switches_host_keys_off(
-    server: Sshd, directory: Path, remote_to: Make, option: str
+    my_server: Sshd, directory: Path, remote_to: Make, option: str, client: str
 ) -> None:
     new = f"{directory}/known\n  StrictHostKeyChecking {option}"
-    config = reconfigured(server, directory, str(server.known_hosts), new)
+    config = reconfigured(my_server, directory, str(my_server.known_hosts), new)
     with pytest.raises(AccessDenied, match="not known here"):
-        await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+        await remote_to(my_server, config=config, client=client).stat(f"{my_server.url}/etc/passwd")
 
 
 async def test_a_configuration_that_accepts_new_host_keys_is_respected(
-    server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make
 ) -> None:
     new = f"{directory}/known\n  StrictHostKeyChecking accept-new"
-    config = reconfigured(server, directory, str(server.known_hosts), new)
-    await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+    config = reconfigured(my_server, directory, str(my_server.known_hosts), new)
+    await remote_to(my_server, config=config).stat(f"{my_server.url}/etc/passwd")
     assert (directory / "known").read_text()
 
 
 async def test_a_changed_host_key_is_refused(
-    server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make, client: str
 ) -> None:
-    other = (server.root / "id_client.pub").read_text().rsplit(" ", 1)[0]
-    (directory / "known").write_text(f"[127.0.0.1]:{server.port} {other}\n")
-    config = reconfigured(server, directory, str(server.known_hosts), str(directory / "known"))
+    other = (my_server.root / "id_client.pub").read_text().rsplit(" ", 1)[0]
+    (directory / "known").write_text(f"[127.0.0.1]:{my_server.port} {other}\n")
+    config = reconfigured(
+        my_server, directory, str(my_server.known_hosts), str(directory / "known")
+    )
     with pytest.raises(AccessDenied, match="not the one in known_hosts"):
-        await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+        await remote_to(my_server, config=config, client=client).stat(f"{my_server.url}/etc/passwd")
 
 
-async def test_a_refused_login(server: Sshd, directory: Path, remote_to: Make) -> None:
-    config = reconfigured(server, directory, str(server.identity), str(server.root / "id_host"))
+async def test_a_refused_login(
+    my_server: Sshd, directory: Path, remote_to: Make, client: str
+) -> None:
+    config = reconfigured(
+        my_server, directory, str(my_server.identity), str(my_server.root / "id_host")
+    )
     with pytest.raises(AccessDenied, match="refused the login"):
-        await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+        await remote_to(my_server, config=config, client=client).stat(f"{my_server.url}/etc/passwd")
 
 
 async def test_a_configuration_that_is_wrong(
-    server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make
 ) -> None:
-    config = reconfigured(server, directory, "IdentitiesOnly yes", "NoSuchOption yes")
+    config = reconfigured(my_server, directory, "IdentitiesOnly yes", "NoSuchOption yes")
     with pytest.raises(RemoteError, match="ssh configuration"):
-        await remote_to(server, config=config).stat(f"{server.url}/etc/passwd")
+        await remote_to(my_server, config=config).stat(f"{my_server.url}/etc/passwd")
 
 
-async def test_nobody_listens(server: Sshd, remote_to: Make) -> None:
+async def test_nobody_listens(my_server: Sshd, remote_to: Make, client: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
         url = f"ssh://127.0.0.1:{taken.getsockname()[1]}"
-        remote = SshRemote(url, settings_for(server), CredentialStore(None))
+        remote = SshRemote(url, settings_for(my_server, client=client), CredentialStore(None))
         with pytest.raises(RemoteUnavailable, match="refused the connection"):
             await remote.stat(f"{url}/x")
         await remote.aclose()
 
 
-async def test_a_host_that_does_not_exist(server: Sshd) -> None:
-    remote = SshRemote("ssh://no-such-host.invalid", settings_for(server), CredentialStore(None))
+async def test_a_host_that_does_not_exist(my_server: Sshd, client: str) -> None:
+    remote = SshRemote(
+        "ssh://no-such-host.invalid", settings_for(my_server, client=client), CredentialStore(None)
+    )
     with pytest.raises(RemoteUnavailable, match=r"no-such-host\.invalid cannot be resolved"):
         await remote.stat("ssh://no-such-host.invalid/x")
     await remote.aclose()
 
 
-async def test_a_server_that_never_greets(server: Sshd, deaf_port: int) -> None:
+async def test_a_server_that_never_greets(my_server: Sshd, deaf_port: int, client: str) -> None:
     url = f"ssh://127.0.0.1:{deaf_port}"
-    remote = SshRemote(url, settings_for(server, limit_s=1.0), CredentialStore(None))
+    remote = SshRemote(
+        url, settings_for(my_server, limit_s=1.0, client=client), CredentialStore(None)
+    )
     with trio.fail_after(10), pytest.raises(DeadlineExceeded):
         await remote.stat(f"{url}/x")
     await remote.aclose()
 
 
-async def test_an_alias_of_the_configuration(server: Sshd) -> None:
-    remote = SshRemote("sftp://staged", settings_for(server), CredentialStore(None))
+async def test_an_alias_of_the_configuration(my_server: Sshd, client: str) -> None:
+    remote = SshRemote(
+        "sftp://staged", settings_for(my_server, client=client), CredentialStore(None)
+    )
     assert (await remote.stat("sftp://staged/etc/passwd")).size_bytes > 0
     await remote.aclose()
 
 
-async def test_a_silent_server(own_server: Sshd, large: Path, remote_to: Make) -> None:
+async def test_a_silent_server(own_server: Sshd, large: Path, remote_to: Make, client: str) -> None:
     """200 readers wait for it: each ends in time, and all goes on when it is back."""
-    remote, url = remote_to(own_server, limit_s=2.0), own_server.url_of(large)
+    remote, url = remote_to(own_server, limit_s=2.0, client=client), own_server.url_of(large)
     info = await remote.stat(url)
     ended: list[None] = []
     with FileSink(large.with_name("sink")) as sink:
@@ -189,9 +201,9 @@ async def test_a_silent_server(own_server: Sshd, large: Path, remote_to: Make) -
 
 
 async def test_a_server_that_falls_silent_in_mid_transfer(
-    own_server: Sshd, large: Path, remote_to: Make
+    own_server: Sshd, large: Path, remote_to: Make, client: str
 ) -> None:
-    remote, url = remote_to(own_server, limit_s=1.0), own_server.url_of(large)
+    remote, url = remote_to(own_server, limit_s=1.0, client=client), own_server.url_of(large)
     with FileSink(large.with_name("sink")) as sink, trio.fail_after(30):
         async with trio.open_nursery() as nursery:
 
@@ -206,11 +218,11 @@ async def test_a_server_that_falls_silent_in_mid_transfer(
 
 
 async def test_a_cut_connection_goes_unnoticed_once(
-    own_server: Sshd, directory: Path, remote_to: Make
+    own_server: Sshd, directory: Path, remote_to: Make, client: str
 ) -> None:
     data = random.Random(1).randbytes(64 * MIB)
     (directory / "object").write_bytes(data)
-    remote, url = remote_to(own_server), own_server.url_of(directory / "object")
+    remote, url = remote_to(own_server, client=client), own_server.url_of(directory / "object")
     with FileSink(directory / "sink") as sink:
         async with trio.open_nursery() as nursery:
 
@@ -226,9 +238,9 @@ async def test_a_cut_connection_goes_unnoticed_once(
 
 
 async def test_a_batch_survives_a_cut_connection(
-    own_server: Sshd, directory: Path, remote_to: Make
+    own_server: Sshd, directory: Path, remote_to: Make, client: str
 ) -> None:
-    remote = remote_to(own_server)
+    remote = remote_to(own_server, client=client)
     (directory / "x").write_bytes(b"x")
     items = [Item(own_server.url_of(directory / "x"))] * 1000
     assert len(await remote.fetch_batch(items[:1])) == 1
@@ -246,9 +258,9 @@ async def test_a_batch_survives_a_cut_connection(
 
 
 async def test_an_engine_that_is_killed_is_replaced(
-    server: Sshd, large: Path, remote_to: Make
+    my_server: Sshd, large: Path, remote_to: Make
 ) -> None:
-    remote, url = remote_to(server), server.url_of(large)
+    remote, url = remote_to(my_server), my_server.url_of(large)
     with FileSink(large.with_name("sink")) as sink:
         async with trio.open_nursery() as nursery:
 
@@ -267,9 +279,9 @@ async def test_an_engine_that_is_killed_is_replaced(
     assert (await remote.stat(url)).size_bytes == LARGE
 
 
-async def test_closing_leaves_no_process(server: Sshd, large: Path, remote_to: Make) -> None:
-    remote = remote_to(server)
-    await remote.stat(server.url_of(large))
+async def test_closing_leaves_no_process(my_server: Sshd, large: Path, remote_to: Make) -> None:
+    remote = remote_to(my_server)
+    await remote.stat(my_server.url_of(large))
     pid = engine_pid()
     (client,) = children(pid)
     await remote.aclose()
@@ -277,23 +289,26 @@ async def test_closing_leaves_no_process(server: Sshd, large: Path, remote_to: M
     assert not is_running(pid)
     assert not is_running(client)
     with pytest.raises(RemoteUnavailable, match="was closed"):
-        await remote.stat(server.url_of(large))
+        await remote.stat(my_server.url_of(large))
 
 
 async def test_closing_while_the_server_is_silent(
-    own_server: Sshd, large: Path, remote_to: Make
+    own_server: Sshd, large: Path, remote_to: Make, client: str
 ) -> None:
-    remote = remote_to(own_server)
+    remote = remote_to(own_server, client=client)
     await remote.stat(own_server.url_of(large))
-    (client,) = children(engine_pid())
+    pids = [engine_pid(), *children(engine_pid())]
+    assert len(pids) == (2 if client == "openssh" else 1)
     own_server.freeze()
     with trio.fail_after(10):
         await remote.aclose()
-    assert not is_running(client)
+    assert not any(is_running(pid) for pid in pids)
 
 
-async def test_a_cancelled_fetch_writes_no_more(server: Sshd, large: Path, remote_to: Make) -> None:
-    remote, url = remote_to(server), server.url_of(large)
+async def test_a_cancelled_fetch_writes_no_more(
+    my_server: Sshd, large: Path, remote_to: Make, client: str
+) -> None:
+    remote, url = remote_to(my_server, client=client), my_server.url_of(large)
     for _ in range(5):
         with FileSink(large.with_name("sink")) as sink:
             async with trio.open_nursery() as nursery:
@@ -313,10 +328,10 @@ async def test_a_cancelled_fetch_writes_no_more(server: Sshd, large: Path, remot
 
 
 async def test_an_engine_that_hangs_holds_nobody(
-    server: Sshd, large: Path, remote_to: Make
+    my_server: Sshd, large: Path, remote_to: Make, client: str
 ) -> None:
     """Cancelling ends in bounded time even when the engine does not react."""
-    remote, url = remote_to(server), server.url_of(large)
+    remote, url = remote_to(my_server, client=client), my_server.url_of(large)
     with FileSink(large.with_name("sink")) as sink, trio.fail_after(30):
         async with trio.open_nursery() as nursery:
 
@@ -331,13 +346,13 @@ async def test_an_engine_that_hangs_holds_nobody(
 
 
 async def test_no_byte_of_a_changed_object_lands(
-    server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make
 ) -> None:
     """The object is rewritten in place while it is fetched."""
     path = directory / "object"
     path.write_bytes(b"o" * LARGE)
     os.utime(path, (1, 1))
-    remote, url = remote_to(server), server.url_of(path)
+    remote, url = remote_to(my_server), my_server.url_of(path)
     with FileSink(directory / "sink") as sink:
         async with trio.open_nursery() as nursery:
 
@@ -356,8 +371,8 @@ async def test_no_byte_of_a_changed_object_lands(
         assert sink.bytes_of(landed).count(b"o") == landed.stop
 
 
-async def test_a_sink_that_takes_no_bytes(server: Sshd, large: Path, remote_to: Make) -> None:
-    remote, url = remote_to(server), server.url_of(large)
+async def test_a_sink_that_takes_no_bytes(my_server: Sshd, large: Path, remote_to: Make) -> None:
+    remote, url = remote_to(my_server), my_server.url_of(large)
     with FileSink(Path("/dev/full")) as sink, pytest.raises(CacheFailed, match="No space left"):
         await remote.fetch(url, Span(0, LARGE), sink=sink, validator=None)
     assert (await remote.stat(url)).size_bytes == LARGE
