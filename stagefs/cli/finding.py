@@ -1,12 +1,14 @@
 """Which mount a command is about, and its daemon's socket.
 
 The option ``--mount``, else STAGEFS_MOUNT, else the only StageFS mount of this user.  Mounts
-are found in /proc/self/mountinfo, without touching them; the one thing asked of a mount is
-its link ``.stagefs/control``, in a thread with a deadline, because a mount whose daemon is
-stopped answers nobody.
+are found in /proc/self/mountinfo, and their supervisors among the processes, without touching
+the mount: one whose daemon is stopped answers nobody.  Only where the supervisor cannot be
+seen (another pid namespace, hidepid) the mount's link ``.stagefs/control`` is read, in a
+thread with a deadline.
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -17,11 +19,13 @@ import click
 import msgspec
 
 from stagefs.config import environment
+from stagefs.control.api import SOCKET_NAME
 from stagefs.control.client import Client
 from stagefs.errors import InvalidName, NoDaemon
 from stagefs.state_directory import unescape
 
 FILE_SYSTEM_TYPE = "fuse.stagefs"
+SUPERVISOR_MODULE = "stagefs.supervisor"
 CONTROL_LINK = ".stagefs/control"
 ANSWER_TIMEOUT_S = 10.0
 
@@ -75,8 +79,41 @@ def _known(mounts: list[FoundMount]) -> str:
     return f"{verb} {', '.join(mount.mountpoint for mount in mounts)}"
 
 
-def control_socket(mountpoint: str) -> Path:
+class Supervisor(msgspec.Struct, frozen=True):
+    """The process that holds a mount, and where that mount keeps its state."""
+
+    pid: int
+    state: Path
+
+
+def supervisor_of(mount: FoundMount, proc: Path = Path("/proc")) -> Supervisor | None:
+    """None when it is gone, or cannot be seen.  Anybody can start a process that looks like one:
+    only root's, the mount's user's and our own are believed.
+    """
+    believed = {0, os.geteuid(), mount.uid}
+    for entry in proc.iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            words = os.fsdecode((entry / "cmdline").read_bytes()).split("\0")
+            if SUPERVISOR_MODULE not in words[:4] or entry.stat().st_uid not in believed:
+                continue
+            named = dict(itertools.pairwise(words))
+            if named.get("--mountpoint") == mount.mountpoint and "--state" in named:
+                return Supervisor(int(entry.name), Path(named["--state"]))
+    return None
+
+
+def control_socket(mount: FoundMount) -> Path:
     """Where the daemon of a mount listens.  Raises NoDaemon."""
+    supervisor = supervisor_of(mount)
+    if supervisor is not None:
+        return supervisor.state / SOCKET_NAME
+    return linked_socket(mount.mountpoint)
+
+
+def linked_socket(mountpoint: str) -> Path:
+    """What the mount itself says.  Raises NoDaemon when it does not answer in time."""
     answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -128,7 +165,7 @@ class Target(msgspec.Struct, frozen=True):
 def target(named: str | None) -> Target:
     """The mount that is meant.  Raises NoDaemon, InvalidName."""
     mount = choose_mount(named, staging_mounts(), uid=os.geteuid())
-    return Target(mount.mountpoint, Client(control_socket(mount.mountpoint)))
+    return Target(mount.mountpoint, Client(control_socket(mount)))
 
 
 def mount_option(command: Callable[..., None]) -> Callable[..., None]:

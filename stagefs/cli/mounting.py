@@ -22,14 +22,15 @@ import msgspec
 
 from stagefs.cli.finding import (
     FoundMount,
+    Supervisor,
     choose_mount,
-    control_socket,
     json_option,
     staging_mounts,
+    supervisor_of,
 )
 from stagefs.cli.output import human, print_json, print_table
 from stagefs.config import Settings, environment, load_settings, parse_assignments
-from stagefs.errors import MountFailed, NoDaemon, NotPermitted, StageFSError, UnsuitableState
+from stagefs.errors import MountFailed, NotPermitted, StageFSError, UnsuitableState
 from stagefs.state_directory import (
     default_state_directory,
     make_private_directory,
@@ -112,7 +113,7 @@ def mount(
         )
         directory = _state_directory(mountpoint, state, settings, owner)
     start = Start(
-        mountpoint=mountpoint.absolute(),
+        mountpoint=Path(os.path.realpath(mountpoint)),
         state=directory,
         settings=settings,
         daemon_options=_daemon_options(config_file, overrides),
@@ -315,7 +316,8 @@ def _wait_in_foreground(supervisor: subprocess.Popen[bytes]) -> int:
 def umount(mountpoint: str | None, lazy: bool, as_json: bool) -> None:
     """Unmount, and wait until its processes have ended."""
     chosen = choose_mount(mountpoint, staging_mounts(), uid=os.geteuid())
-    supervisor = _supervisor_of(chosen)
+    supervisor = _opened(supervisor_of(chosen))
+    # Without a supervisor the connection is closed, and nothing can be lost by letting go.
     _unmount(chosen, lazy=lazy or supervisor is None)
     if supervisor is not None and not lazy:
         _wait_for_end(supervisor, chosen.mountpoint)
@@ -325,13 +327,13 @@ def umount(mountpoint: str | None, lazy: bool, as_json: bool) -> None:
         click.echo(f"unmounted {chosen.mountpoint}")
 
 
-def _supervisor_of(chosen: FoundMount) -> int | None:
-    """A pidfd of the supervisor, or None when nobody answers for this mount any more."""
+def _opened(supervisor: Supervisor | None) -> int | None:
+    """A pidfd, or None when nobody holds the mount any more."""
+    if supervisor is None:
+        return None
     try:
-        record = control_socket(chosen.mountpoint).parent / "supervisor.json"
-        pid = int(json.loads(record.read_bytes())["pid"])
-        return os.pidfd_open(pid)
-    except (NoDaemon, OSError, ValueError, KeyError):
+        return os.pidfd_open(supervisor.pid)
+    except ProcessLookupError:
         return None
 
 
@@ -372,7 +374,7 @@ def _users_of(mountpoint: str) -> list[str]:
     inside = f"{mountpoint}/"
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             links = [entry / "cwd", *(entry / "fd").iterdir()]
