@@ -8,6 +8,7 @@ credentials along.  Never asks for an encoded body.  What answers mean is decide
 
 import contextlib
 import http.client
+import logging
 import socket
 import ssl
 import threading
@@ -61,6 +62,9 @@ HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 
 _serving = threading.local()
 
+# It logs each request with its query, and so with signatures and tokens.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.WARNING)
+
 
 class _WakeableConnection(urllib3.connection.HTTPConnection):
     """A connection that the call which uses it can shut from the trio thread."""
@@ -82,11 +86,13 @@ class _WakeableConnection(urllib3.connection.HTTPConnection):
         call: Call[Any] = _serving.call
         self._served = call
 
-        def wake() -> None:
+        def wake() -> bool:
+            if self._served is not call or self.sock is None:
+                return False
             # Not SSLSocket.shutdown, which pulls the TLS state away under a thread that reads.
-            if self._served is call and self.sock is not None:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+            return True
 
         call.interruptible(wake)
         super().putrequest(method, url, skip_host, skip_accept_encoding)
@@ -392,7 +398,8 @@ def _translated(url: str) -> Iterator[None]:
     except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ProxyError) as exc:
         raise RemoteUnavailable(f"The connection to {url} broke ({_reason(exc)}).") from exc
     except urllib3.exceptions.HTTPError as exc:
-        raise RemoteError(f"{url} cannot be asked for ({type(exc).__name__}).") from exc
+        # Not even as a cause, which a traceback would print: some quote the URL with its secrets.
+        raise RemoteError(f"{url} cannot be asked for ({type(exc).__name__}).") from None
     except (OSError, http.client.HTTPException) as exc:
         raise RemoteUnavailable(f"The connection to {url} broke ({_reason(exc)}).") from exc
 

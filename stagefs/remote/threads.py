@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
-from stagefs.errors import CacheFailed, DeadlineExceeded
+from stagefs.errors import CacheFailed, DeadlineExceeded, RemoteUnavailable
 from stagefs.model import MIB, ObjectInfo, Span
 from stagefs.remote.base import Sink
 
@@ -62,7 +62,7 @@ class Call(Generic[T]):
         self._lock = threading.Lock()
         self._stopped = False
         self._answered = False
-        self._wake: Callable[[], None] | None = None
+        self._wake: Callable[[], bool] | None = None
         self._outcome: Outcome[T] | None = None
         self._news = trio.Event()
         self._ended = trio.Event()
@@ -76,7 +76,13 @@ class Call(Generic[T]):
             self._outcome = outcome
             self._tell(self._thread_ended, limiter)
 
-        trio.lowlevel.start_thread_soon(self._in_thread, deliver, f"stagefs {self._url}")
+        try:
+            trio.lowlevel.start_thread_soon(self._in_thread, deliver, f"stagefs {self._url}")
+        except RuntimeError as exc:
+            limiter.release_on_behalf_of(self)
+            raise RemoteUnavailable(
+                f"No thread can be started for {self._url}: the limit of processes is reached."
+            ) from exc
         try:
             return await self._follow()
         finally:
@@ -90,8 +96,9 @@ class Call(Generic[T]):
         if self._stopped:
             raise CallStopped
 
-    def interruptible(self, wake: Callable[[], None]) -> None:
-        """From now on ``wake``, called in the trio thread, ends whatever blocks this thread."""
+    def interruptible(self, wake: Callable[[], bool]) -> None:
+        """From now on ``wake``, called in the trio thread, ends whatever blocks this thread, or
+        returns False when it cannot."""
         self._wake = wake
         self.checkpoint()
 
@@ -160,13 +167,15 @@ class Call(Generic[T]):
 
     async def _stop(self) -> None:
         self._stopped = True
-        if self._wake is not None:
-            self._wake()
-            with trio.move_on_after(WOKEN_GRACE_S, shield=True):
-                await self._ended.wait()
-        if not self._ended.is_set():
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._settle)
+        with trio.CancelScope(shield=True):
+            if self._wake is not None and self._wake():
+                with trio.move_on_after(WOKEN_GRACE_S):
+                    await self._ended.wait()
+            if self._lock.acquire(blocking=False):
+                self._lock.release()
+            else:
+                # A limiter of its own: others may be waiting out a dead disk.
+                await trio.to_thread.run_sync(self._settle, limiter=trio.CapacityLimiter(1))
 
     def _settle(self) -> None:
         """Wait out a write that has begun; the next one finds the call stopped."""
@@ -246,7 +255,12 @@ class SinkCall(Call[T]):
     def _open(self) -> None:
         # Of its own, so that the owner may close the sink while a thread that cannot be woken
         # still lives.
-        self._fd = os.dup(self._sink.fd)
+        try:
+            self._fd = os.dup(self._sink.fd)
+        except OSError as exc:
+            raise CacheFailed(
+                f"Bytes of {self._url} cannot be written into the cache ({exc.strerror})."
+            ) from exc
 
     def _close(self) -> None:
         os.close(self._fd)

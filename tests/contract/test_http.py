@@ -1,5 +1,6 @@
 """The HTTP remote on the many ways a web server can behave."""
 
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -199,6 +200,20 @@ async def test_password_in_the_url(web: Web, tmp_path: Path) -> None:
     with pytest.raises(AccessDenied) as caught:
         await remote.stat(wrong)
     assert "wrong-pass" not in str(caught.value)
+
+
+async def test_no_secret_in_the_log(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    url = web.put("object", b"x")
+    public = web.credentials.public(f"{url}?X-Amz-Signature=S3cret&token=S3cret")
+    remote = web.remote(public)
+    assert (await remote.stat(public)).size_bytes == 1
+    assert web.server.asked()[-1].uri.count("S3cret") == 2
+    missing = web.credentials.public(f"{url}-absent?X-Amz-Signature=S3cret")
+    with pytest.raises(ObjectMissing) as caught:
+        await remote.stat(missing)
+    report = "".join(traceback.format_exception(caught.value))
+    assert "S3cret" not in report + caplog.text
 
 
 @pytest.mark.parametrize("with_user", [False, True], ids=["host", "user"])

@@ -123,14 +123,46 @@ async def test_a_thread_left_behind_cannot_write(
 async def test_waking_ends_the_thread_at_once(limiter: trio.CapacityLimiter) -> None:
     woken = threading.Event()
 
+    def wake() -> bool:
+        woken.set()
+        return True
+
     def work(call: Call[bool]) -> bool:
-        call.interruptible(woken.set)
+        call.interruptible(wake)
         return woken.wait(HANG_S)
 
     with trio.move_on_after(0.05):
         await Call(work, url="u", answer_timeout_s=HANG_S).run(limiter)
     assert woken.is_set()
     assert limiter.borrowed_tokens == 0, "the thread still works"
+
+
+async def test_a_thread_that_cannot_be_woken_is_not_waited_for(
+    limiter: trio.CapacityLimiter, stall: threading.Event
+) -> None:
+    asked = threading.Event()
+
+    def work(call: Call[bool]) -> bool:
+        def wake() -> bool:
+            asked.set()
+            return False
+
+        call.interruptible(wake)
+        return stall.wait(HANG_S)
+
+    with trio.fail_after(HANG_S / 2), trio.move_on_after(0.05):
+        await Call(work, url="u", answer_timeout_s=HANG_S).run(limiter)
+    assert asked.is_set()
+
+
+async def test_a_sink_that_is_closed_already(
+    limiter: trio.CapacityLimiter, sink: FileSink, tmp_path: Path
+) -> None:
+    with FileSink(tmp_path / "closed", 0) as closed:
+        pass
+    with pytest.raises(CacheFailed):
+        await run_sink_call(lambda _: "done", closed, limiter)
+    assert limiter.borrowed_tokens == 0
 
 
 async def test_cancelled_while_it_waits_for_a_thread(
