@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from stagefs.cache.entry import ABSENT, PRESENT, VERIFIED
+from stagefs.cache.file_system import punch
 from stagefs.cache.store import Cache
 from stagefs.model import MIB
 from tests.unit.cache.filling import (
@@ -163,6 +164,28 @@ def test_a_chunk_that_is_read_again_before_the_punch_stays(tmp_path: Path) -> No
         assert ABSENT in entry.state
 
 
+def test_nobody_can_fetch_into_a_chunk_that_is_being_punched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk is ABSENT, which is when a fetch may begin, only after the hole is there."""
+    states = []
+
+    def look(fd: int, start: int, length: int) -> None:
+        states.extend(entry.state[start // CHUNK : (start + length) // CHUNK])
+        punch(fd, start, length)
+
+    with opened(tmp_path / "c") as cache:
+        entry = store(cache, "a", SIZE)
+        cache.hold(entry)
+        cache.capacity_bytes = SIZE // 2
+        plan = cache.plan_room()
+        assert plan is not None
+        monkeypatch.setattr("stagefs.cache.entry.punch", look)
+        cache.carry_out(plan)
+        assert states
+        assert set(states) == {PRESENT}
+
+
 def test_an_entry_asked_for_before_its_removal_is_rescued(tmp_path: Path) -> None:
     clock = Clock()
     with opened(tmp_path / "c", clock=clock) as cache:
@@ -177,6 +200,8 @@ def test_an_entry_asked_for_before_its_removal_is_rescued(tmp_path: Path) -> Non
         assert rescued.verify(0, rescued.chunk_count)
         assert read(rescued) == content("o0", SIZE)
         assert abs(before - freed - cache.used_bytes) < 64 << 10
+    with opened(tmp_path / "c", clock=clock) as cache:
+        assert find(cache, "o0", SIZE) is not None, "what was asked for was removed all the same"
 
 
 def test_an_entry_made_anew_before_its_removal_stays(tmp_path: Path) -> None:
