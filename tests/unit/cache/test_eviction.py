@@ -168,7 +168,7 @@ def test_nobody_can_fetch_into_a_chunk_that_is_being_punched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk is ABSENT, which is when a fetch may begin, only after the hole is there."""
-    states = []
+    states: list[int] = []
 
     def look(fd: int, start: int, length: int) -> None:
         states.extend(entry.state[start // CHUNK : (start + length) // CHUNK])
