@@ -116,6 +116,8 @@ class SshSettings(msgspec.Struct, frozen=True, kw_only=True):
     program: str = "ssh"
     connections: Count = 2
     """At most so many connections to one host."""
+    ciphers: str | None = None
+    """In place of the configured Ciphers: ``^aes128-gcm@openssh.com`` prefers the cheapest one."""
     connect_timeout_s: Seconds | None = None
     progress_timeout_s: Seconds | None = None
     attempts: Count | None = None

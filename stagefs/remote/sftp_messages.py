@@ -54,6 +54,7 @@ class Connect(Order, frozen=True, array_like=True, tag=True, kw_only=True):
     client: str
     program: str
     connections: int
+    ciphers: str | None
     connect_timeout_s: float
     answer_timeout_s: float
     progress_timeout_s: float

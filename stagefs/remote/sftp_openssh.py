@@ -76,7 +76,7 @@ _VERDICTS = (
         "{host} offers no SFTP: ask its administrator for the sftp subsystem",
     ),
     (
-        r"Bad configuration option|Bad owner or permissions|terminating, \d+ bad|"
+        r"Bad configuration option|Bad owner or permissions|terminating, \d+ bad|Bad SSH2 cipher|"
         r"Can't open user config file|unsupported option|Bad yes/no|keyword \S+ extra arguments",
         FailureKind.REFUSED,
         "the ssh configuration is not usable ({said})",
@@ -161,6 +161,8 @@ def _command(order: Connect) -> list[str]:
         command += ["-F", order.config]
     for option in (*_FIXED_OPTIONS, f"ConnectTimeout={max(1, round(order.connect_timeout_s))}"):
         command += ["-o", option]
+    if order.ciphers is not None:
+        command += ["-o", f"Ciphers={order.ciphers}"]
     if order.user is not None:
         command += ["-l", order.user]
     if order.port is not None:

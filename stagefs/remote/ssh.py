@@ -54,7 +54,7 @@ from stagefs.remote.sftp_messages import (
     Whole,
 )
 from stagefs.remote.threads import VersionSink
-from stagefs.remote.url import HIDDEN, join, parse
+from stagefs.remote.url import HIDDEN, join, parse, quote_path
 
 # So many items, and bytes of their paths, fit into one order.
 ORDER_ITEMS_MAX = 256
@@ -92,12 +92,13 @@ class SshRemote:
 
     async def list(self, url: str) -> AsyncIterator[Sequence[ListedEntry]]:
         order = List(next(self._ops), _path(url))
+        prefix = join(url, "x")[:-1]
         async with self._exchange(url, order) as exchange:
             while True:
                 report = _checked(url, await exchange.next())
                 assert isinstance(report, Page)
                 if report.entries:
-                    yield [_listed(url, name, attributes) for name, attributes in report.entries]
+                    yield [_listed(prefix, name, attributes) for name, attributes in report.entries]
                 if report.last:
                     return
                 await exchange.send(MorePages(order.op))
@@ -196,6 +197,7 @@ def _connect_order(
         client=settings.ssh.client,
         program=settings.ssh.program,
         connections=settings.ssh.connections,
+        ciphers=settings.ssh.ciphers,
         connect_timeout_s=settings.connect_timeout_s,
         answer_timeout_s=settings.answer_timeout_s,
         progress_timeout_s=settings.progress_timeout_s,
@@ -236,9 +238,9 @@ def _described(url: str, attributes: Attributes) -> ObjectInfo:
     )
 
 
-def _listed(directory: str, name: bytes, attributes: Attributes | None) -> ListedEntry:
+def _listed(prefix: str, name: bytes, attributes: Attributes | None) -> ListedEntry:
     text = name.decode("utf-8", "surrogateescape")
-    url = join(directory, text)
+    url = prefix + quote_path(text)
     if attributes is None:
         return ListedEntry(text, EntryKind.DIRECTORY, url)
     return ListedEntry(text, EntryKind.FILE, url, _described(url, attributes))
