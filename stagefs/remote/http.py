@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urldefrag, urljoin
@@ -54,6 +55,9 @@ T = TypeVar("T")
 
 REDIRECTS_MAX = 5
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+# Data servers redirect to signed addresses; following anew for each span doubles the requests.
+MOVED_LIFETIME_S = 60.0
+MOVED_MAX = 1000
 INDEX_BYTES_MAX = 64 << 20
 LIST_PAGE_NAMES = 1000
 # Statuses of a HEAD that do not speak for a GET: signed URLs allow one method only, and some
@@ -110,6 +114,17 @@ class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _WakeableTlsConnection
 
 
+class _Moved(msgspec.Struct, frozen=True):
+    """Where a redirect led, with its secrets."""
+
+    target: RemoteUrl
+    until_s: float
+
+    @property
+    def fresh(self) -> bool:
+        return time.monotonic() < self.until_s
+
+
 class HttpRemote:
     """The driver of ``http://`` and ``https://`` for one host."""
 
@@ -122,6 +137,8 @@ class HttpRemote:
         self._threads = trio.CapacityLimiter(settings.concurrency * 2)
         self._lookup_threads = trio.CapacityLimiter(settings.lookups * 2)
         self._clients: dict[str | None, urllib3.PoolManager] = {}
+        # Used from several threads, in single steps only.
+        self._moved: dict[str, _Moved] = {}
         self._clients_lock = threading.Lock()
 
     async def stat(self, url: str) -> ObjectInfo:
@@ -285,26 +302,46 @@ class HttpRemote:
         """The answer after redirects, and where it came from.  Its connection goes back to the
         pool when the body was read to its end, and is closed otherwise."""
         _serving.call = call
-        first = target = parse(self._credentials.reveal(url))
-        sent = {"Accept-Encoding": "identity", "User-Agent": "stagefs", **headers}
+        first = parse(self._credentials.reveal(url))
+        # Where a condition names the version, the last answer's address may be asked again.
+        conditional = "If-Match" in headers
+        known = self._moved.get(url) if conditional else None
+        target = known.target if known is not None and known.fresh else first
         for _ in range(REDIRECTS_MAX + 1):
-            own = authorization(self._settings, target) if target.host_url == first.host_url else {}
-            response = self._client(target).urlopen(
-                method,
-                str(msgspec.structs.replace(target, user=None, password=None)),
-                headers=sent | own,
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-            )
-            with contextlib.closing(response):
+            with contextlib.closing(self._sent(method, first, target, headers)) as response:
                 location = response.headers.get("Location")
-                if response.status not in REDIRECT_STATUSES or not location:
-                    yield response, target
-                    return
-            target = _redirected(url, target, location)
+                if response.status in REDIRECT_STATUSES and location:
+                    target = _redirected(url, target, location)
+                    continue
+                if target is not first and response.status >= 400 and url in self._moved:
+                    # A signed address that has expired: the server gives a new one.
+                    self._moved.pop(url, None)
+                    target = first
+                    continue
+                if target is not first and conditional:
+                    self._remember(url, target)
+                yield response, target
+                return
         raise RemoteError(f"The server redirects {url} more than {REDIRECTS_MAX} times.")
+
+    def _sent(
+        self, method: str, first: RemoteUrl, target: RemoteUrl, headers: dict[str, str]
+    ) -> urllib3.BaseHTTPResponse:
+        own = authorization(self._settings, target) if target.host_url == first.host_url else {}
+        return self._client(target).urlopen(
+            method,
+            str(msgspec.structs.replace(target, user=None, password=None)),
+            headers={"Accept-Encoding": "identity", "User-Agent": "stagefs", **headers, **own},
+            redirect=False,
+            retries=False,
+            preload_content=False,
+            decode_content=False,
+        )
+
+    def _remember(self, url: str, target: RemoteUrl) -> None:
+        if len(self._moved) >= MOVED_MAX:
+            self._moved.clear()
+        self._moved[url] = _Moved(target, time.monotonic() + MOVED_LIFETIME_S)
 
     def _client(self, target: RemoteUrl) -> urllib3.PoolManager:
         proxy = proxy_of(self._settings, target)

@@ -168,6 +168,22 @@ async def test_redirects_are_followed(web: Web, tmp_path: Path) -> None:
     assert {one.port for one in web.asked("object")} == {web.server.port, web.server.other_port}
 
 
+async def test_redirects_are_remembered_for_one_version(web: Web, tmp_path: Path) -> None:
+    url = web.put("object", b"0123456789", location="away")
+    remote = web.remote(url)
+    info = await remote.stat(url)
+    before = len(web.asked("object"))
+    for start in range(5):
+        got = await fetched(remote, url, Span(start, 1), tmp_path / "s", validator=info.validator)
+        assert got == b"0123456789"[start : start + 1]
+    statuses = [one.status for one in web.asked("object")[before:]]
+    assert statuses == [302, 206, 206, 206, 206, 206]
+    web.put("object", b"another version", location="away")
+    with pytest.raises(ObjectChanged):
+        await fetched(remote, url, Span(0, 1), tmp_path / "s", validator=info.validator)
+    assert (await remote.stat(url)).size_bytes == 15
+
+
 async def test_redirects_have_an_end(web: Web) -> None:
     url = web.put("object", b"x", location="loop")
     with pytest.raises(RemoteError, match="more than 5 times"):
