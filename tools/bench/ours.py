@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ class StageFS:
             *("stagefs", "import", catalog, "--prefix", f"staging:///{name}"),
             environment=self._environment,
         )
+
+    def begin_fetch(self, urls: Sequence[str], directory: str) -> subprocess.Popen[bytes]:
+        """Register the URLs in a directory and fetch them; ending the command ends the fetch."""
+        return self._bench.start(
+            *("stagefs", "stage-in", "--wait", *urls, f"staging:///{directory}"),
+            environment=self._environment,
+        )
+
+    def counter(self, name: str) -> int:
+        return int(self.status()["counters"][name])
 
     def status(self) -> dict[str, Any]:
         found = json.loads(self._command("status", "--json")[1])

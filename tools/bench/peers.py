@@ -124,7 +124,9 @@ def s3fs(bench: Workbench, access: S3Access) -> Iterator[Path]:
 def bindfs(bench: Workbench, directory: Path) -> Iterator[Path]:
     program = installed("bindfs")
     top = _place(bench, "bindfs")
-    with _mounted(bench, top, program, "-f", directory, top / "mnt") as point:
+    # By default it wants allow_other, which an ordinary user may not have.
+    command = (program, "-f", "--no-allow-other", directory, top / "mnt")
+    with _mounted(bench, top, *command) as point:
         yield point
 
 

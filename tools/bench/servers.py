@@ -64,7 +64,7 @@ class S3Access:
 
 
 class Servers:
-    """``big``, ``spare`` and ``small`` are the data, as files below ``data``."""
+    """``big`` and ``small`` are the data, below ``data``."""
 
     def __init__(self, bench: Workbench, stack: contextlib.ExitStack) -> None:
         self._bench = bench
@@ -72,17 +72,17 @@ class Servers:
         self.data = bench.directory / "data"
         self.data.mkdir()
         self.data.chmod(0o755)
-        self.big = self.data / "big.bin"
+        self.size_bytes = bench.amounts.size_bytes
 
     @functools.cached_property
-    def size_bytes(self) -> int:
-        """Of the big file, which is written when it is first asked for."""
-        size_bytes = self._bench.amounts.size_bytes
-        self._bench.say(f"writing {size_bytes >> 20} MiB of random data")
-        with self.big.open("wb") as file:
-            for begin in range(0, size_bytes, _PIECE_BYTES):
-                file.write(os.urandom(min(_PIECE_BYTES, size_bytes - begin)))
-        return size_bytes
+    def big(self) -> Path:
+        """The big file, written when it is first asked for."""
+        path = self.data / "big.bin"
+        self._bench.say(f"writing {self.size_bytes >> 20} MiB of random data")
+        with path.open("wb") as file:
+            for begin in range(0, self.size_bytes, _PIECE_BYTES):
+                file.write(os.urandom(min(_PIECE_BYTES, self.size_bytes - begin)))
+        return path
 
     @functools.cached_property
     def small(self) -> Path:

@@ -26,7 +26,8 @@ DD, SHA = "dd", "sha256sum"
 BUSY_SETTLE_S = 0.8
 # Fewer would be imported before the read that goes on beside it has ended.
 IMPORT_ENTRIES_MIN = 200_000
-OTHER_FILES = 4
+# So much is there to fetch beside the read.
+OTHER_FILES_MIN, OTHER_BYTES_MIN = 4, 512 << 20
 IMPORT_TIMEOUT_S = 600.0
 
 
@@ -43,7 +44,6 @@ def _fetched(lab: Lab) -> Iterator[tuple[StageFS, Path]]:
 def second_read(lab: Lab) -> Measured:
     measured, bench, servers = Measured(), lab.bench, lab.servers
     work = Work(servers.size_bytes)
-    servers.http_url(servers.big)
     with _fetched(lab) as (ours, staged):
         for tool, read, bound in ((DD, bench.copy_time, 0.4), (SHA, bench.hash_time, 0.9)):
             read(staged)
@@ -152,28 +152,25 @@ def during_import(lab: Lab) -> Measured:
 
 def during_fetch(lab: Lab) -> Measured:
     numbers = itertools.count()
+    files = max(OTHER_FILES_MIN, OTHER_BYTES_MIN // lab.servers.size_bytes)
     with _fetched(lab) as (ours, staged):
-
-        def register() -> Path:
-            name = f"other-{next(numbers)}.bin"
-            return ours.stage_in(lab.servers.http_url(lab.servers.big, name), name)
 
         @contextlib.contextmanager
         def fetching() -> Iterator[subprocess.Popen[bytes]]:
-            others = [register() for _ in range(OTHER_FILES)]
-            child = lab.bench.start("cat", *others)
+            """Fetched, but read by nobody: a second reader would share the daemon by right."""
+            names = [f"other-{next(numbers)}.bin" for _ in range(files)]
+            urls = [lab.servers.http_url(lab.servers.big, name) for name in names]
+            before = ours.counter("fetched_bytes")
+            child = ours.begin_fetch(urls, f"{names[0]}-and-more/")
             try:
-                wait_until(lambda: _cached_bytes(lab, others[0]) > 0, "another file's fetch")
+                wait_until(lambda: ours.counter("fetched_bytes") > before, "another file's fetch")
                 yield child
                 _insist_running(child)
             finally:
                 end(child)
+                wait_until(lambda: ours.counter("in_flight_bytes") == 0, "the end of the fetch")
 
         return _beside(lab, staged, fetching, "another file's cold fetch")
-
-
-def _cached_bytes(lab: Lab, path: Path) -> int:
-    return int(lab.bench.run("getfattr", "--only-values", "-n", "user.stagefs.cached", path))
 
 
 def _settle() -> None:
