@@ -69,6 +69,7 @@ class Ledger:
         # Keys that a plan has chosen and whose files a worker has not removed yet (under `names`).
         self.leaving: set[str] = set()
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()  # one flush at a time: each ends the journals before it
         self._used_bytes = used_bytes
         self._counters = Counters()
         self._journal = GrowthJournal(paths.directory)
@@ -176,7 +177,7 @@ class Ledger:
             self._removed.difference_update([row.key.hex() for row in rows])
         self.index.apply(rows=rows, facts=segment_end(end))
 
-    def tolerate(self, write: Callable[[], None]) -> bool:
+    def tolerate(self, write: Callable[[], object]) -> bool:
         """Run an index write that reading can do without; a failure is counted and logged."""
         try:
             write()
@@ -188,6 +189,10 @@ class Ledger:
 
     def flush(self) -> None:
         """Write what is out of date to the index: one transaction.  Blocking; worker thread."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         used, self._used_at = self._used_at, {}
         touched = [(bytes.fromhex(key), at) for key, at in list(used.items())]
         with self._lock:

@@ -2,13 +2,14 @@
 directory that has none.
 
 The files are the truth; this is the slow way to it, never taken at start.  Read-only but for
-``rebuild``, which adds missing rows to an index.
+``Rebuild``, which adds missing rows to an index.
 
-Concurrency: blocking.  ``rebuild`` runs in a worker thread beside a serving daemon and so
+Concurrency: blocking.  ``Rebuild`` runs in a worker thread beside a serving daemon and so
 rests after each batch, because a busy Python thread slows every read (DESIGN.md section 5).
 """
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -149,26 +150,29 @@ def rows_of_segment(path: Path, number: int, *, start: int = 0) -> Iterator[Inde
         yield Damage(path, str(exc))
 
 
-def rebuild(index: Index, paths: layout.Paths, *, stop: threading.Event) -> list[Damage] | None:
-    """Give every file and record its row; rows that are there are newer and stay.
+class Rebuild:
+    """Gives every file and record its row, bit by bit; rows that are there are newer and stay.
 
-    Returns the damage that was met; None when ``stop`` was set before the end.
+    One thread at a time.  ``damage`` is what was met so far.
     """
-    damage: list[Damage] = []
-    batch: list[IndexRow] = []
-    for found in _all_rows(paths):
-        if isinstance(found, Damage):
-            damage.append(found)
-            continue
-        batch.append(found)
-        if len(batch) == _BATCH_ROWS:
-            index.add_missing(batch)
-            batch.clear()
+
+    def __init__(self, index: Index, paths: layout.Paths) -> None:
+        self._index = index
+        self._found = _all_rows(paths)
+        self.damage: list[Damage] = []
+
+    def go_on(self, *, batches: int, stop: threading.Event) -> bool:
+        """Read some more; True when all is done.  Raises CacheFailed."""
+        for _ in range(batches):
+            batch = list(itertools.islice(self._found, _BATCH_ROWS))
+            if not batch:
+                self._index.finish_rebuild()
+                return True
+            self.damage += [found for found in batch if isinstance(found, Damage)]
+            self._index.add_missing([found for found in batch if isinstance(found, IndexRow)])
             if stop.wait(_REST_S):
-                return None
-    index.add_missing(batch)
-    index.finish_rebuild()
-    return damage
+                return False
+        return False
 
 
 def _all_rows(paths: layout.Paths) -> Iterator[IndexRow | Damage]:

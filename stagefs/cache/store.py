@@ -10,6 +10,7 @@ open and a read.  *Worker*: blocking, any thread but one at a time for each kind
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from stagefs.cache.file_system import allocated_bytes
 from stagefs.cache.index import Index, IndexRow
 from stagefs.cache.leases import Lease, Leases
 from stagefs.cache.ledger import Counters, Ledger
+from stagefs.cache.loading import PACKED_BYTES_MAX, Loading
 from stagefs.cache.open_entries import OpenEntries
 from stagefs.cache.packed import (
     SEGMENT_BYTES_MAX,
@@ -33,11 +35,11 @@ from stagefs.cache.packed import (
     SmallObject,
     record_row,
 )
-from stagefs.errors import CacheFailed, DamagedEntry
+from stagefs.errors import CacheFailed
 from stagefs.model import CHUNK_BYTES, MIB, Checksum, ObjectId
 
 _FREE_FLOOR_SHARE, _FREE_FLOOR_BYTES_MAX = 0.02, 512 * MIB
-SMALL_OBJECT_BYTES_MAX = 64 << 10
+_REBUILD_BATCHES = 100  # at each flush: about ten thousand entries, half a second
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -81,10 +83,13 @@ class Cache:
         self._ledger = Ledger(self._paths, index, used_bytes=index.totals().disk_bytes, clock=clock)
         segment_bytes = min(SEGMENT_BYTES_MAX, max(SEGMENT_BYTES_MIN, capacity_bytes // 32))
         self._segments = Segments(self._ledger, segment_bytes=segment_bytes)
+        self._loading = Loading(self._ledger, self._segments)
         self._entries = OpenEntries()
         self._eviction = Eviction(self._ledger, self._segments, leases, self._entries)
         self._incoming_numbers = count(1)
         self._stop = threading.Event()
+        self._rebuilding = threading.Lock()
+        self._rebuild: rebuild.Rebuild | None = None
         self._overhead_bytes = self._measure_overhead()
 
     @classmethod
@@ -163,9 +168,7 @@ class Cache:
         key = object_id.key
         entry = self._entries.get(key)
         if entry is None:
-            if size_bytes <= SMALL_OBJECT_BYTES_MAX:
-                entry = self._load_record(object_id, key)
-            entry = entry or self._load_file(object_id, key)
+            entry = self._loading.load(object_id, key, size_bytes=size_bytes)
             if entry is None:
                 return None
             self._entries.add(entry)
@@ -175,60 +178,6 @@ class Cache:
             entry.discard()
             return None
         return entry
-
-    def _load_record(self, object_id: ObjectId, key: str) -> Entry | None:
-        try:
-            place = self._index.place_of(bytes.fromhex(key))
-        except CacheFailed:
-            self._ledger.count("index_failures")
-            return None
-        if place is None:
-            return None
-        try:
-            return self._segments.load(object_id, key, place)
-        except FileNotFoundError:
-            pass  # its segment was evicted a moment ago, or its row came back with an old index
-        except DamagedEntry:
-            self._ledger.count("damaged_entries")
-        except OSError:
-            self._ledger.count("open_failures")
-            return None
-        self._ledger.forget_row(key)
-        return None
-
-    def _load_file(self, object_id: ObjectId, key: str) -> Entry | None:
-        try:
-            with self._ledger.names:
-                # Whatever a plan meant to do with it: it is wanted now.
-                self._ledger.leaving.discard(key)
-                fd = layout.open_file(self._paths.object_file(key), os.O_RDWR)
-        except FileNotFoundError:
-            return None
-        except OSError:
-            self._ledger.count("open_failures")
-            return None
-        file = OpenFile(fd)
-        try:
-            found = rebuild.read_open_object(fd, key)
-        except (DamagedEntry, OSError):
-            self._ledger.count("damaged_entries")
-            self._drop_damaged(key, file)
-            return None
-        return ObjectFile(
-            object_id,
-            key,
-            found.header,
-            file=file,
-            state=found.present,
-            ledger=self._ledger,
-            slots_offset=found.slots_offset,
-            disk_bytes=found.disk_bytes,
-        )
-
-    def _drop_damaged(self, key: str, file: OpenFile) -> None:
-        with contextlib.suppress(OSError):
-            self._ledger.add_used(-allocated_bytes(os.fstat(file.fd)))
-            self._ledger.unplace(key)
 
     def create(
         self,
@@ -276,6 +225,7 @@ class Cache:
     def store_small(self, items: Sequence[SmallObject]) -> list[Entry]:
         """Store whole small objects in one write; their entries are complete and VERIFIED.
         Worker.  Raises CacheFailed, and then none is stored."""
+        assert all(len(item.data) <= PACKED_BYTES_MAX for item in items), "not a small object"
         encoded = [
             layout.encode_record(
                 layout.entry_header(
@@ -418,11 +368,13 @@ class Cache:
     def flush_index(self) -> None:
         """Write recency and sizes to the index.  Worker; every few seconds and at close.
 
-        An index that proved damaged is begun anew: see ``index_complete``.
+        An index that is missing or proved damaged is rebuilt from the files, a bit at each call.
         """
-        if self._index.is_damaged:
-            self._ledger.tolerate(self._index.recreate)
+        if self._index.is_damaged and self._ledger.tolerate(self._index.recreate):
+            self._rebuild = None
         self._ledger.flush()
+        if not self._index.is_complete:
+            self._ledger.tolerate(lambda: self.rebuild_index(batches=_REBUILD_BATCHES))
         with contextlib.suppress(CacheFailed):
             self._leases.expire()
         self._overhead_bytes = self._measure_overhead()
@@ -441,15 +393,19 @@ class Cache:
 
     @property
     def index_complete(self) -> bool:
-        """False while files may lack their rows: then run ``rebuild_index``."""
+        """False while files may lack their rows: ``flush_index`` finds them bit by bit."""
         return self._index.is_complete
 
-    def rebuild_index(self) -> bool:
-        """Find every file and record and give it its row.  Worker; takes its time, so that
-        readers do not notice.  False when ``close`` came first.  Raises CacheFailed."""
-        damage = rebuild.rebuild(self._index, self._paths, stop=self._stop)
-        if damage is None:
-            return False
+    def rebuild_index(self, *, batches: int = sys.maxsize) -> bool:
+        """Find files and records that have no row; True when that is done.  Worker; takes its
+        time, so that readers do not notice.  Raises CacheFailed."""
+        with self._rebuilding:
+            if self._index.is_complete:
+                return True
+            self._rebuild = self._rebuild or rebuild.Rebuild(self._index, self._paths)
+            if not self._rebuild.go_on(batches=batches, stop=self._stop):
+                return False
+            damage, self._rebuild = self._rebuild.damage, None
         self._ledger.count("damaged_entries", len(damage))
         for each in damage:
             if each.path.parent.parent == self._paths.objects:
