@@ -13,7 +13,6 @@ credential is a setting.  Values are frozen, so they may be used from any thread
 
 import difflib
 import os
-import re
 import tomllib
 import types
 import typing
@@ -25,10 +24,12 @@ import msgspec
 
 from stagefs.errors import InvalidConfig
 from stagefs.model import CHUNK_BYTES, GIB, KIB, MIB
+from stagefs.units import parse_duration, parse_size, size_text
 
 SITE_DIRECTORY = Path("/etc/stagefs")
 FILE_NAME = "stagefs.conf"
 COMMAND_LINE = "the command line"
+DEFAULT = "default"
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, extra={"unit": "bytes"})]
 Seconds = Annotated[float, msgspec.Meta(ge=0, extra={"unit": "seconds"})]
@@ -218,6 +219,15 @@ def load_settings(
     ).settings
 
 
+def settings_from(assignments: Iterable[str]) -> Settings:
+    """Exactly these ``KEY=VALUE`` over the defaults: no file, no environment."""
+    return load_settings(
+        overrides=parse_assignments(assignments),
+        environment={},
+        site_directory=Path("/nonexistent"),
+    )
+
+
 def load_with_sources(
     *,
     config_file: Path | None = None,
@@ -243,7 +253,7 @@ def load_with_sources(
     settings = _build(Settings, "", values)
     _check(settings, sources)
     effective = [
-        EffectiveValue(key=key, text=value_text(key, value), source=sources.get(key, "default"))
+        EffectiveValue(key=key, text=value_text(key, value), source=sources.get(key, DEFAULT))
         for key, value in walk(settings)
     ]
     return Loaded(settings=settings, values=effective)
@@ -412,51 +422,6 @@ def walk(settings: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, obje
             yield f"{prefix}{name}", value
 
 
-_SIZE_UNITS = {
-    "": 1, "B": 1,
-    "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-}  # fmt: skip
-_DURATION_UNITS = {
-    "ms": 0.001,
-    "": 1.0,
-    "s": 1.0,
-    "m": 60.0,
-    "min": 60.0,
-    "h": 3600.0,
-    "d": 86400.0,
-}
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
-
-def parse_size(text: str) -> int:
-    """``10GiB`` (also 10G), ``500MB`` (decimal) or plain bytes.  Raises ValueError."""
-    match = _NUMBER.fullmatch(text)
-    unit = _SIZE_UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is no size: write a number with KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-
-
-def parse_duration(text: str) -> float:
-    """``30s``, ``250ms``, ``5m``, ``2h``, ``1d`` or plain seconds.  Raises ValueError."""
-    match = _NUMBER.fullmatch(text)
-    unit = _DURATION_UNITS.get(match[2]) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is no duration: write a number with ms, s, m, h or d")
-    return float(match[1]) * unit
-
-
-def size_text(size_bytes: int) -> str:
-    """The shortest exact text of a size: ``1MiB``, ``1536KiB``, ``1000B``."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        factor = _SIZE_UNITS[unit.upper()]
-        if size_bytes and size_bytes % factor == 0:
-            return f"{size_bytes // factor}{unit}"
-    return f"{size_bytes}B"
-
-
 def value_text(key: str, value: object) -> str:
     """A value as one would write it in a file, without quotes."""
     unit, _ = _unit(KEYS[key])
@@ -465,7 +430,7 @@ def value_text(key: str, value: object) -> str:
     if unit == "bytes" and isinstance(value, int):
         return size_text(value)
     if unit == "seconds" and isinstance(value, float):
-        return f"{value:g}s"
+        return f"{value:.6f}".rstrip("0").rstrip(".") + "s"
     if unit == "mode" and isinstance(value, int):
         return f"{value:04o}"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -23,9 +23,9 @@ import trio
 
 from stagefs import __version__
 from stagefs.cache.store import Cache
-from stagefs.config import Settings, environment, load_settings
+from stagefs.config import Settings, environment, settings_from
 from stagefs.control.server import serve as serve_control
-from stagefs.errors import CacheFailed, InvalidConfig, StageFSError
+from stagefs.errors import CacheFailed, StageFSError
 from stagefs.fuse import session
 from stagefs.fuse.attrs import Encoder
 from stagefs.fuse.operations_log import SharedMemory
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     try:
-        settings = load_settings(config_file=arguments.config, overrides=_overrides(arguments.set))
+        settings = settings_from(arguments.set)
         os.umask(0o077)  # whatever is made in the state directory is the user's alone
         _begin_log(arguments.state, settings)
         _prepare_limits()
@@ -80,20 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stagefs.daemon", allow_abbrev=False)
     parser.add_argument("--mountpoint", required=True)
     parser.add_argument("--state", required=True, type=Path)
-    parser.add_argument("--config", type=Path)
+    # All that is not a default: a file that is edited later cannot keep a daemon from coming back.
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--supervised", required=True, help="what the supervisor hands over")
     return parser
-
-
-def _overrides(pairs: Sequence[str]) -> dict[str, str]:
-    overrides = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise InvalidConfig(f"--set {pair} must be KEY=VALUE.")
-        overrides[key] = value
-    return overrides
 
 
 def _begin_log(state: Path, settings: Settings) -> None:

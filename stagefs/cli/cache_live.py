@@ -13,9 +13,9 @@ from stagefs.cli.output import (
     shown_name,
     when,
 )
-from stagefs.config import parse_size
 from stagefs.errors import InvalidName
 from stagefs.staging.values import CacheEntry, CacheUsage
+from stagefs.units import parse_size
 
 
 def subject_of(chosen: Target, text: str) -> str:

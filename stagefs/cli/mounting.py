@@ -29,7 +29,14 @@ from stagefs.cli.finding import (
     supervisor_of,
 )
 from stagefs.cli.output import human, print_json, print_table
-from stagefs.config import Settings, environment, load_settings, parse_assignments
+from stagefs.config import (
+    DEFAULT,
+    Loaded,
+    Settings,
+    environment,
+    load_with_sources,
+    parse_assignments,
+)
 from stagefs.errors import MountFailed, NotPermitted, StageFSError, UnsuitableState
 from stagefs.state_directory import (
     default_state_directory,
@@ -105,18 +112,17 @@ def mount(
         "mount.allow_other": "true" if allow_other else None,
     }
     overrides |= {key: value for key, value in named.items() if value is not None}
-    config_file = config_file.absolute() if config_file else None
     owner = _owner(user)
     with _acting_as(owner):
-        settings = load_settings(
+        loaded = load_with_sources(
             config_file=config_file, overrides=overrides, environment=_environment(owner)
         )
-        directory = _state_directory(mountpoint, state, settings, owner)
+        directory = _state_directory(mountpoint, state, loaded.settings, owner)
     start = Start(
         mountpoint=Path(os.path.realpath(mountpoint)),
         state=directory,
-        settings=settings,
-        daemon_options=_daemon_options(config_file, overrides),
+        settings=loaded.settings,
+        daemon_options=_daemon_options(loaded),
         owner=owner,
     )
     supervisor, ready = start.run(foreground=foreground)
@@ -205,11 +211,10 @@ def _state_directory(
     return directory
 
 
-def _daemon_options(config_file: Path | None, overrides: dict[str, str]) -> list[str]:
-    options = [] if config_file is None else ["--config", str(config_file)]
-    for key, value in overrides.items():
-        options += ["--set", f"{key}={value}"]
-    return options
+def _daemon_options(loaded: Loaded) -> list[str]:
+    """The settings in force, for every daemon of this mount: the files may change meanwhile."""
+    set_values = [value for value in loaded.values if value.source != DEFAULT]
+    return [word for value in set_values for word in ("--set", f"{value.key}={value.text}")]
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,11 +15,11 @@ from stagefs.cli.output import (
     shown_name,
     when,
 )
-from stagefs.config import parse_duration
 from stagefs.errors import InvalidName
 from stagefs.model import Checksum, ChecksumKind
 from stagefs.remote.url import quote_path
 from stagefs.staging.values import NameStat, StagedIn
+from stagefs.units import parse_duration
 
 DIGEST_CHARACTERS = {ChecksumKind.SHA256: 64, ChecksumKind.MD5: 32, ChecksumKind.XXH3: 16}
 

@@ -14,15 +14,14 @@ from stagefs.config import (
     load_settings,
     load_with_sources,
     parse_assignments,
-    parse_duration,
     parse_lifetime,
-    parse_size,
-    size_text,
+    settings_from,
     value_text,
     variable_name,
     walk,
 )
 from stagefs.errors import InvalidConfig
+from stagefs.units import parse_duration, parse_size, size_text
 
 CHECKOUT = Path(__file__).parents[3]
 PACKAGED = CHECKOUT / "mount/stagefs.conf"
@@ -172,6 +171,19 @@ def test_every_effective_value_reads_back(tmp_path: Path) -> None:
         site_directory=tmp_path / "none",
     )
     assert again == Settings()
+
+
+@pytest.mark.parametrize("seconds", ["0s", "0.25s", "1234567.5s", "604800s"])
+def test_times_read_back(seconds: str) -> None:
+    settings = settings_from([f"read.read_deadline_s={seconds}"])
+    assert dict(walk(settings))["read.read_deadline_s"] == parse_duration(seconds)
+    assert value_text("read.read_deadline_s", settings.read.read_deadline_s) == seconds
+
+
+def test_daemon_reads_neither_files_nor_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGEFS_LOG_LEVEL", "debug")
+    assert settings_from([]) == Settings()
+    assert settings_from(["log.level=error"]).log.level == "error"
 
 
 def test_assignments_of_the_command_line() -> None:
