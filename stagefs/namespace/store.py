@@ -371,6 +371,11 @@ class Namespace:
             versions.set_validator(edit, inode, validator, checked_ns=checked_ns, ranges=ranges)
         return self.node(inode)
 
+    def set_validators(self, told: Sequence[tuple[Inode, str]], *, checked_ns: int) -> None:
+        """First contact with many small objects at once: (inode, validator) of each."""
+        with self._change("set_validators", None) as edit:
+            versions.set_validators(edit, told, checked_ns=checked_ns)
+
     # What only this node has learnt is not in the change log.
 
     def touch_checked(self, inode: Inode, checked_ns: int) -> Node:
@@ -528,8 +533,9 @@ class Namespace:
         self.edits += 1
         for inode in edit.nodes_changed:
             self._nodes.pop(inode, None)
-        for directory in edit.emptied:
-            self._names.pop(directory, None)
+        for emptied in edit.emptied:
+            for directory in (emptied, *self._rows.overlays(emptied)):
+                self._names.pop(directory, None)
         overlays: dict[Inode, list[Inode]] = {}
         for parent, name in edit.names_changed:
             if parent not in overlays:

@@ -164,6 +164,17 @@ def set_validator(
     edit.log(inode, validator=validator, ranges=ranges)
 
 
+def set_validators(edit: Edit, told: Sequence[tuple[Inode, str]], *, checked_ns: int) -> None:
+    """First contact with many at once; those that were removed meanwhile are left out."""
+    for inode, validator in told:
+        edit.run(
+            "UPDATE nodes SET validator = ?, checked_ns = ? WHERE inode = ?",
+            (validator, checked_ns, inode),
+        )
+        edit.nodes_changed.add(inode)
+    edit.log(Inode(0), told=[[inode, validator] for inode, validator in told])
+
+
 def find_object(rows: Rows, url: str, version: str) -> Node | None:
     """The oldest node of an object that still has a name."""
     for inode in rows.column(

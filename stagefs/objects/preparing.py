@@ -6,18 +6,17 @@ directory that a task walks through.  Trio thread.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from stagefs.cache.entry import Entry
 from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
-from stagefs.model import ObjectInfo, WholeObject
+from stagefs.model import ObjectInfo
 from stagefs.namespace.node import Node
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import Content
 from stagefs.objects.contents import Contents
 from stagefs.objects.fetching import Fetcher
 from stagefs.objects.sharing import Sharing
-from stagefs.objects.small import SmallFetcher
+from stagefs.objects.small import Arrival, SmallFetcher
 from stagefs.objects.walking import Place, Walks
 from stagefs.remote.base import Remote
 
@@ -83,20 +82,23 @@ class Preparing:
             content.inode, answer.validator, checked_ns=time.time_ns(), ranges=content.ranges
         )
 
-    def small_arrived(
-        self, content: Content, whole: WholeObject, entry: Entry | CacheFailed
-    ) -> None:
-        if content.validator is None:
-            self._contacted(content, whole.info)
-        content.checksum_proved = True
-        if content.entry is not None:
-            return
-        if isinstance(entry, CacheFailed):
-            memory = self._contents.serve_from_memory(content, entry)
-            os.pwrite(memory.fd, whole.data, 0)
-            memory.commit(0)
-            return
-        self._contents.adopt(content, entry)
+    def small_arrived(self, arrivals: Sequence[Arrival]) -> None:
+        told = []
+        for content, whole, entry in arrivals:
+            if content.validator is None:
+                content.validator = whole.info.validator
+                told.append((content.inode, content.validator))
+            content.checksum_proved = True
+            if content.entry is not None:
+                continue
+            if isinstance(entry, CacheFailed):
+                memory = self._contents.serve_from_memory(content, entry)
+                os.pwrite(memory.fd, whole.data, 0)
+                memory.commit(0)
+            else:
+                self._contents.adopt(content, entry)
+        if told:
+            self._namespace.set_validators(told, checked_ns=time.time_ns())
 
     def reached(self, content: Content) -> None:
         """The first read of a handle came for ``content``."""

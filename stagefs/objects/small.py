@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 QUEUE_MAX = 4096
 SHARED_NAME = "small"
 
+Arrival = tuple[Content, WholeObject, Entry | CacheFailed]
+"""What came, and where it lies in the cache, or why it does not."""
+
 
 class Wanted(msgspec.Struct, frozen=True, eq=False):
     """One object of a batch (see ``remote.base.BatchItem``)."""
@@ -56,7 +59,7 @@ class SmallFetcher:
         failed: Callable[[Content, list[int], StageFSError], None],
         counters: Counters,
         settings: ReadSettings,
-        arrived: Callable[[Content, WholeObject, Entry | CacheFailed], None],
+        arrived: Callable[[Sequence[Arrival]], None],
     ) -> None:
         self._nursery = nursery
         self._remote_for = remote_for
@@ -127,10 +130,12 @@ class SmallFetcher:
         except CacheFailed as error:
             log.warning("small objects are read without the cache: %s", error)
             entries = [error] * len(good)
-        for (content, whole), entry in zip(good, entries, strict=True):
+        self._arrived(
+            [(content, whole, entry) for (content, whole), entry in zip(good, entries, strict=True)]
+        )
+        for content, whole in good:
             self._counters.small_objects += 1
             self._counters.fetched_bytes += len(whole.data)
-            self._arrived(content, whole, entry)
             content.shared.pop(SHARED_NAME).event.set()
 
     def _check(

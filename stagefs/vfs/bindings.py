@@ -200,6 +200,9 @@ class Bindings:
             async with trio.open_nursery() as nursery:
                 for entry in unsized:
                     nursery.start_soon(self._sized, entry, entries, limit)
+        # New names are kept in this order: tasks read files in readdir's order or in that of
+        # their names, and what they want next is fetched ahead in ours.
+        entries.sort(key=lambda entry: entry.name)
         return entries
 
     async def _sized(
