@@ -29,8 +29,10 @@ from stagefs.cache.packed import Segments
 from stagefs.errors import CacheFailed
 
 _ROWS_AT_A_TIME = 64
-# Rows looked at in one plan: bounds its time in the trio thread when most of them must stay.
+# Rows looked at and files chosen in one plan: bounds its time in the trio thread to some
+# milliseconds.  Whoever still lacks room plans again.
 _ROWS_MAX = 2048
+_FILES_MAX = 256
 # A segment of which more than half must stay is left alone for this long.
 _STUCK_S = 60
 
@@ -108,11 +110,13 @@ class Eviction:
             rows = self._ledger.index.oldest(_ROWS_AT_A_TIME, after=after)
             for number, row in rows:
                 after = (row.used_at, number)
-                if row.key.hex() not in plan.used_at:
+                key = row.key.hex()
+                # On a full disk the index cannot forget what is gone: it would go for ever.
+                if key not in plan.used_at and not self._ledger.is_removed(key):
                     freed += self._choose(plan, row)
-                if freed >= wanted_bytes:
+                if freed >= wanted_bytes or len(plan.files) == _FILES_MAX:
                     self._resume_after = (-1, -1)
-                    return freed
+                    return wanted_bytes
             if len(rows) < _ROWS_AT_A_TIME:
                 self._resume_after = (-1, -1)
                 return freed
@@ -132,7 +136,10 @@ class Eviction:
         return freed
 
     def _row(self, key: str) -> IndexRow | None:
-        return self._ledger.growing_row(key) or self._ledger.index.row(bytes.fromhex(key))
+        growing = self._ledger.growing_row(key)
+        if growing is not None or self._ledger.is_removed(key):
+            return growing
+        return self._ledger.index.row(bytes.fromhex(key))
 
     def _choose(self, plan: Plan, row: IndexRow) -> int:
         """Take this row's entry into the plan if it may go; returns the bytes that frees."""

@@ -155,6 +155,10 @@ class Ledger:
             self._removed.add(key)
             self._growing.pop(key, None)
 
+    def is_removed(self, key: str) -> bool:
+        """Whether a row of the index, if there is one, only waits for the index to take writes."""
+        return key in self._removed
+
     def note_growing(self, entry: Growing) -> None:
         """Say that an entry's bytes have changed."""
         if entry.key in self._growing:
