@@ -22,6 +22,7 @@ WINDOW_BYTES_MAX = 16 << 20
 # An answer that took longer than this was queued behind too much.
 QUEUEING_S = 0.5
 OPEN_HANDLES_MAX = 512
+HANDLES_SPARED = 8
 
 
 class Failure(Exception):
@@ -161,7 +162,9 @@ class Session:
 
     @property
     def handles_left(self) -> int:
-        return (self.limits.open_handles or OPEN_HANDLES_MAX) - 8 - self.open_handles
+        """How many more a batch may open; large transfers always find a few."""
+        allowed = min(self.limits.open_handles or OPEN_HANDLES_MAX, OPEN_HANDLES_MAX)
+        return max(allowed - HANDLES_SPARED, 1) - self.open_handles
 
     # For the engine
 
