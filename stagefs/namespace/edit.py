@@ -114,6 +114,8 @@ class Edit:
 
     def entry(self, directory: Node, name: bytes) -> Entry | None:
         """The visible entry; a directory is never another place's (see ``show``)."""
+        if directory.lower:
+            self._clear_stale(directory, name)
         entry = overlay.find(self.rows, directory, name)
         if entry is None or entry.own or entry.node.kind is not NodeKind.DIRECTORY:
             return entry
@@ -149,10 +151,7 @@ class Edit:
                 return None
         if overlay.loops(self.rows, directory.inode, entry.node.inode):
             return None
-        stale = self.rows.own(directory.inode, name)
-        if stale is not None and stale.node is not None:
-            # Nothing below it is this place's own, so nothing is lost.
-            self.end_directory(stale.node.inode)
+        self._clear_stale(directory, name)
         lower = entry.node
         counted = directory.counted and lower.frozen
         inode = self.new_directory(
@@ -165,6 +164,17 @@ class Edit:
         self.put_name(directory.inode, name, inode, place=entry.place, flags=SHOWN)
         self._shown.append((directory.inode, decoded_name(name), inode))
         return Entry(self.node(inode), entry.place, own=True, counted=False, flags=SHOWN)
+
+    def _clear_stale(self, directory: Node, name: bytes) -> None:
+        """Forget a SHOWN directory whose lower one is gone or another one now.  Nothing below it
+        is this place's own, so nothing is lost."""
+        own = self.rows.own(directory.inode, name)
+        if own is None or own.node is None or own.flags & (SHOWN | KEPT) != SHOWN:
+            return
+        entry = overlay.find(self.rows, directory, name)
+        if entry is None or not entry.own:
+            self.drop_name(directory.inode, name)
+            self.end_directory(own.node.inode)
 
     # Nodes
 

@@ -73,6 +73,8 @@ def link_directory(edit: Edit, target: Inode, parent: Inode, name: str) -> Inode
             f"{edit.rows.path(target)} cannot be linked into {edit.rows.path(parent)}: "
             "a directory is never shown below itself."
         )
+    # A shown directory that others refer to must not go with the one it shows.
+    edit.keep(target)
     inode = edit.new_directory(shown.mode, nlink=1, lower=target, mtime_ns=shown.mtime_ns)
     edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
     edit.log(inode, parent=parent, name=name, lower=target)
@@ -125,12 +127,12 @@ def rename(
     source = edit.existing(source_directory, source_name)
     target = edit.entry(target_directory, target_name)
     _refuse_fixed(edit, source.node)
-    _refuse_below_itself(edit, source.node, new_parent)
+    _refuse_below_itself(edit, source.node, parent, new_parent)
     if flags & RenameFlags.EXCHANGE:
         if target is None:
             raise NotFound(f"There is no {new_name!r} in {edit.rows.path(new_parent)}.")
         _refuse_fixed(edit, target.node)
-        _refuse_below_itself(edit, target.node, parent)
+        _refuse_below_itself(edit, target.node, new_parent, parent)
         _exchange(edit, (source_directory, source_name, source), target_directory, target_name)
     elif target is not None and flags & RenameFlags.NOREPLACE:
         raise NameExists(f"{new_name!r} exists already in {edit.rows.path(new_parent)}.")
@@ -138,6 +140,8 @@ def rename(
         if target is not None:
             _refuse_fixed(edit, target.node)
             _replaceable(edit, source.node, target.node)
+        # Before the source goes: the target's directory may be shown only because of it.
+        edit.keep(new_parent)
         edit.detach(source_directory, source_name, source)
         if target is not None:
             edit.detach(target_directory, target_name, target)
@@ -172,8 +176,11 @@ def _replaceable(edit: Edit, source: Node, target: Node) -> None:
         _empty_directory(edit, target)
 
 
-def _refuse_below_itself(edit: Edit, node: Node, new_parent: Inode) -> None:
-    if node.kind is NodeKind.DIRECTORY and node.inode in edit.rows.ancestors(new_parent):
+def _refuse_below_itself(edit: Edit, node: Node, parent: Inode, new_parent: Inode) -> None:
+    """Not into a directory that shows it either: it would be lost there."""
+    if node.kind is not NodeKind.DIRECTORY or parent == new_parent:
+        return
+    if overlay.loops(edit.rows, new_parent, node.inode):
         raise InvalidName(f"The directory {edit.rows.path(node.inode)} cannot move into itself.")
 
 

@@ -20,7 +20,7 @@ from stagefs.namespace.rows import COUNTED, FROZEN
 PURGE_ROWS = 2000
 
 _DIRECTORY = int(NodeKind.DIRECTORY)
-_FILES_SHOWN = f"""
+FILES_SHOWN = f"""
 WITH RECURSIVE
 top(inode, kind, flags) AS (
     SELECT n.inode, n.kind, n.flags FROM names a JOIN nodes n ON n.inode = a.inode
@@ -46,7 +46,7 @@ SELECT inode, count(*) FROM shown GROUP BY inode
 
 def count_shown(edit: Edit, *, template: Inode, overlay: Inode, times: int) -> None:
     """Add ``times`` links to each file that ``overlay`` (0: a fresh one) shows of a template."""
-    shown = edit.run(_FILES_SHOWN, {"template": template, "overlay": overlay}).fetchall()
+    shown = edit.run(FILES_SHOWN, {"template": template, "overlay": overlay}).fetchall()
     edit.run_many(
         "UPDATE nodes SET nlink = nlink + ? WHERE inode = ?",
         [(times * count, inode) for inode, count in shown],
