@@ -51,7 +51,7 @@ _VERDICTS = (
         "for example by one login with ssh",
     ),
     (
-        r"Permission denied|Too many authentication failures|No more authentication methods",
+        r"Permission denied \(|Too many authentication failures|No more authentication methods",
         FailureKind.DENIED,
         "{host} refused the login ({said}): check that `ssh -o BatchMode=yes` logs in there",
     ),

@@ -133,11 +133,15 @@ async def test_a_refused_login(
 
 
 async def test_a_configuration_that_is_wrong(
-    my_server: Sshd, directory: Path, remote_to: Make
+    my_server: Sshd, directory: Path, remote_to: Make, client: str
 ) -> None:
-    config = reconfigured(my_server, directory, "IdentitiesOnly yes", "NoSuchOption yes")
+    wrong = reconfigured(my_server, directory, "IdentitiesOnly yes", "NoSuchOption yes")
+    if client == "openssh":  # paramiko overlooks what it does not know
+        with pytest.raises(RemoteError, match="ssh configuration"):
+            await remote_to(my_server, config=wrong).stat(f"{my_server.url}/etc/passwd")
+    nowhere = str(directory / "nowhere")
     with pytest.raises(RemoteError, match="ssh configuration"):
-        await remote_to(my_server, config=config).stat(f"{my_server.url}/etc/passwd")
+        await remote_to(my_server, config=nowhere, client=client).stat(f"{my_server.url}/x")
 
 
 async def test_nobody_listens(my_server: Sshd, remote_to: Make, client: str) -> None:
