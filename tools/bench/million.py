@@ -75,7 +75,8 @@ def _memory(lab: Lab, measured: Measured, ours: StageFS, what: str) -> None:
     for program in kernel.programs_naming(ours.state):
         if program.pid != pid:
             held = Memory(program.pid).resident_bytes / 1e6
-            lab.bench.say(f"{lab.point} beside the daemon: {held:.0f} MB in {program}")
+            words = " ".join(program.command[1:4])
+            lab.bench.say(f"{lab.point} beside the daemon: {held:.0f} MB in {words}")
     for kind, value in (("resident", memory.resident_bytes), ("peak", memory.peak_bytes)):
         measured.rows.append(
             Row(
