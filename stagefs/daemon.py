@@ -49,6 +49,8 @@ log = logging.getLogger("stagefs.daemon")
 
 LOG_NAME = "stagefs.log"
 HOUSEKEEPING_S = 5.0
+# What an earlier mount left is forgotten in rounds; a start does not wait for all of millions.
+UNLINKED_ROUNDS_MAX = 50
 # A Python thread that computes may keep the event loop waiting this long (measured: with the
 # default of 5 ms another busy thread takes 98 % of the read throughput).
 SWITCH_INTERVAL_S = 50e-6
@@ -266,6 +268,8 @@ class Daemon:
         ):
             await nursery.start(serve_control_at, self._area, self._state)
             nursery.start_soon(self._keep_house)
+            nursery.start_soon(self._find_lost_entries)
+            self._forget_unlinked()
             nursery.start_soon(_stop_on_signal, self._stop)
             nursery.start_soon(self._serve_kernel, nursery.cancel_scope)
         log.info("ended")
@@ -301,7 +305,24 @@ class Daemon:
             await trio.sleep(HOUSEKEEPING_S)
             if self._cache is not None:
                 await _quietly(self._cache.flush_index)
+            while self._namespace.purge():
+                await trio.lowlevel.checkpoint()
             await _quietly(self._namespace.checkpoint)
+
+    async def _find_lost_entries(self) -> None:
+        """A cache whose index was lost is whole again once each file was looked at."""
+        cache = self._cache
+        if cache is not None and not cache.index_complete:
+            log.warning("the cache's index is missing: finding its entries again")
+            await _quietly(cache.rebuild_index)
+
+    def _forget_unlinked(self) -> None:
+        """Files without a name stay for those who have them open: until the next mount."""
+        if self._memory.generation:
+            return
+        for _ in range(UNLINKED_ROUNDS_MAX):
+            if not self._namespace.drop_unlinked():
+                return
 
 
 class Invalidations:

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 import xxhash
 
-from stagefs.errors import StageFSError
+from stagefs.errors import NotFound, StageFSError
 from stagefs.fuse.attrs import Encoder
 from stagefs.fuse.operations_log import SharedMemory
 from stagefs.fuse.session import DeviceOperations, Handoff
@@ -109,7 +109,10 @@ class StageFSOperations(DeviceOperations):
     ) -> pyfuse3.EntryAttributes:
         parent = Inode(parent_inode)
         self._count_answer()
-        node = await self._vfs.lookup(parent, os.fsdecode(name))
+        try:
+            node = await self._vfs.lookup(parent, os.fsdecode(name))
+        except NotFound:
+            return _absent(self._vfs.absence_timeout_s(parent))
         return self._encode(node, self._vfs.name_timeout_s(parent))
 
     async def forget(self, inode_list: object) -> None:
@@ -405,6 +408,17 @@ class StageFSOperations(DeviceOperations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         raise pyfuse3.FUSEError(errno.EROFS)
+
+
+def _absent(timeout_s: float) -> pyfuse3.EntryAttributes:
+    """The answer that there is no such name, which the kernel may keep.  Without a time to keep
+    it, it is the same as ENOENT, which costs less."""
+    if not timeout_s:
+        raise pyfuse3.FUSEError(errno.ENOENT)
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(0)
+    entry.entry_timeout = timeout_s
+    return entry
 
 
 class Listing:

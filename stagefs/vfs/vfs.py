@@ -48,6 +48,10 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
 # a new version is a new inode, and what the API changes is invalidated by name.
 LONG_TIMEOUT_S = 3600.0
 
+# Programs look for many names that are not there (PATH, imports).  What the API makes is
+# invalidated by name, but an import makes too many names for that: it ends this much later.
+ABSENCE_TIMEOUT_S = 1.0
+
 # What a directory listing of the root shows after the namespace's own names.
 _VIRTUAL_COOKIE = 1 << 61
 
@@ -154,6 +158,13 @@ class Vfs:
             return LONG_TIMEOUT_S
         bound = self._bindings.shown_by(node)
         return LONG_TIMEOUT_S if bound is None else bound.bind_ttl_s
+
+    def absence_timeout_s(self, directory: Inode) -> float:
+        """How long the kernel may believe that a name is not in ``directory``."""
+        if directory >= DIRECTORY_INODE:
+            return LONG_TIMEOUT_S
+        node = self._namespace.node(directory)
+        return 0.0 if node.lower or node.bind_url is not None else ABSENCE_TIMEOUT_S
 
     def parent(self, inode: Inode) -> Node:
         """The directory that a directory lies in; the root lies in itself."""
