@@ -28,6 +28,7 @@ from stagefs.cache.rebuild import (
     object_files,
     opened,
     read_object,
+    read_open_object,
     rows_of_objects,
     rows_of_segment,
     segment_files,
@@ -293,7 +294,7 @@ class CacheDirectory:
 
 def _verify_object(fd: int, path: Path, key: str) -> "Iterator[FoundDamage | tuple[int, int]]":
     try:
-        found = read_object(path, key)
+        found = read_open_object(fd, key)
     except DamagedEntry as exc:
         yield FoundDamage(str(path), str(exc), key)
         return

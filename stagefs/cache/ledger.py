@@ -19,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+from stagefs.cache.file_system import allocated_bytes
 from stagefs.cache.index import Index, IndexRow, Place, segment_end
 from stagefs.cache.journal import GrowthJournal
 from stagefs.cache.layout import Paths
@@ -124,6 +125,8 @@ class Ledger:
             self._note(entry)
         name = self.paths.object_file(key)
         with self.names:
+            with contextlib.suppress(FileNotFoundError):
+                self.add_used(-allocated_bytes(os.lstat(name)))  # what it takes the place of
             try:
                 os.rename(incoming, name)
             except FileNotFoundError:

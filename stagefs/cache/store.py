@@ -226,40 +226,37 @@ class Cache:
         """Store whole small objects in one write; their entries are complete and VERIFIED.
         Worker.  Raises CacheFailed, and then none is stored."""
         assert all(len(item.data) <= PACKED_BYTES_MAX for item in items), "not a small object"
-        encoded = [
-            layout.encode_record(
-                layout.entry_header(
-                    item.object_id,
-                    validator=item.validator,
-                    size_bytes=len(item.data),
-                    chunk_bytes=self.chunk_bytes,
-                    mtime_ns=item.mtime_ns,
-                    checksum=item.checksum,
-                ),
-                item.data,
-            )
-            for item in items
-        ]
-        if not encoded:
+        if not items:
             return []
-        places = self._segments.append([record for record, _ in encoded])
-        now_ms = self._ledger.now_ms()
+        encoded = [self._encode_small(item) for item in items]
+        places = self._segments.append([data for data, _ in encoded])
+        entries: list[Entry] = []
+        rows: list[IndexRow] = []
+        used_at = self._ledger.now_ms()
         try:
-            entries = [
-                self._segments.entry_of(item, said, place)
-                for item, (_, said), place in zip(items, encoded, places, strict=True)
-            ]
+            for item, (_, said), place in zip(items, encoded, places, strict=True):
+                record = said.moved_to(place.offset)
+                entry = self._segments.entry_of(item.object_id, record, place.segment)
+                entries.append(entry)
+                rows.append(record_row(entry.key, record, place.segment, used_at=used_at))
         except OSError as exc:
             raise CacheFailed(f"the cache cannot store small objects: {exc.strerror}") from exc
-        rows = [
-            record_row(entry.key, said.moved_to(place.offset), place.segment, used_at=now_ms)
-            for entry, (_, said), place in zip(entries, encoded, places, strict=True)
-        ]
         self._ledger.write_records(rows, end=places[-1])
-        for entry in entries:
-            self._entries.add(entry)
+        for stored in entries:
+            self._entries.add(stored)
         self._ledger.count("stored_records", len(entries))
-        return list(entries)
+        return entries
+
+    def _encode_small(self, item: SmallObject) -> tuple[bytes, layout.Record]:
+        header = layout.entry_header(
+            item.object_id,
+            validator=item.validator,
+            size_bytes=len(item.data),
+            chunk_bytes=self.chunk_bytes,
+            mtime_ns=item.mtime_ns,
+            checksum=item.checksum,
+        )
+        return layout.encode_record(header, item.data)
 
     def hold(self, entry: Entry) -> bool:
         """Keep an entry from being evicted as a whole.  Trio thread.  False when it has been

@@ -248,6 +248,17 @@ def test_a_discarded_entry_is_gone_but_can_be_made_again(tmp_path: Path) -> None
         assert found(cache, "a", SIZE).verify(0, 5)
 
 
+def test_an_entry_made_anew_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    with opened(tmp_path / "c") as cache:
+        store(cache, "a", SIZE)
+        before = cache.used_bytes
+        again = store(cache, "a", SIZE)
+        assert find(cache, "a", SIZE) is again
+        assert abs(cache.used_bytes - before) < CHUNK
+    with opened(tmp_path / "c") as cache:
+        assert found(cache, "a", SIZE).verify(0, 5)
+
+
 def test_an_empty_object_needs_no_chunk(tmp_path: Path) -> None:
     with opened(tmp_path / "c") as cache:
         entry = begin(cache, "empty", 0)
