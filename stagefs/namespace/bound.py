@@ -55,6 +55,7 @@ def merge_listing(
     }
     changed: list[str] = []
     seen: set[bytes] = set()
+    new_files: list[tuple[bytes, StagedObject]] = []
     for entry in entries:
         try:
             name = encoded_name(entry.name)
@@ -63,8 +64,16 @@ def merge_listing(
         if name in seen:
             continue
         seen.add(name)
-        if _merge(edit, directory, name, known.pop(name, None), entry, default_mode):
-            changed.append(entry.name)
+        row = known.pop(name, None)
+        found = _found(entry, edit.now_ns, default_mode)
+        if found is None:
+            continue
+        if row is None and isinstance(found, StagedObject):
+            new_files.append((name, found))
+        elif not _merge(edit, directory, name, row, found):
+            continue
+        changed.append(entry.name)
+    edit.add_files(inode, new_files, FOUND)
     for name, row in known.items():
         if row.flags & (FOUND | KEPT) == FOUND:
             _vanish(edit, directory, name, row)
@@ -116,30 +125,21 @@ def _bound(edit: Edit, inode: Inode) -> Node:
 
 
 def _merge(
-    edit: Edit,
-    directory: Node,
-    name: bytes,
-    row: _Known | None,
-    entry: ListedEntry,
-    default_mode: int,
+    edit: Edit, directory: Node, name: bytes, row: _Known | None, found: StagedObject | str
 ) -> bool:
     """Whether the name leads elsewhere now."""
-    if row is not None and row.flags & (FOUND | KEPT) != FOUND:
-        return False
-    found = _found(entry, edit.now_ns, default_mode)
-    if found is None:
-        return False
     if row is None:
         _add(edit, directory, name, found)
-    elif isinstance(found, str):
-        if row.kind == NodeKind.DIRECTORY:
-            return False
-        _renew(edit, directory, name, row, found)
+        return True
+    if row.flags & (FOUND | KEPT) != FOUND:
+        return False
+    if isinstance(found, str):
+        is_same = row.kind == NodeKind.DIRECTORY
     else:
-        if row.kind == NodeKind.FILE and row.validator == found.validator:
-            return False
+        is_same = row.kind == NodeKind.FILE and row.validator == found.validator
+    if not is_same:
         _renew(edit, directory, name, row, found)
-    return True
+    return not is_same
 
 
 def _found(entry: ListedEntry, now_ns: int, default_mode: int) -> StagedObject | str | None:
