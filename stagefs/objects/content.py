@@ -64,8 +64,8 @@ class Content:
 
     __slots__ = (
         "changed", "checksum", "checksum_proved", "entry", "failures", "flight_count", "flights",
-        "holds", "inode", "object_id", "place", "preadv_flags", "ranges", "serving", "shared",
-        "size_bytes", "to_verify", "url", "validator", "waiting",
+        "holds", "inode", "key", "object_id", "place", "preadv_flags", "ranges", "serving",
+        "shared", "size_bytes", "to_verify", "url", "validator", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +80,7 @@ class Content:
     ) -> None:
         self.inode = inode
         self.object_id = object_id
+        self.key = object_id.key
         self.url = object_id.url
         self.size_bytes = size_bytes
         self.validator = validator
@@ -201,14 +202,26 @@ class Flight:
         self._counters.fetched_bytes += span.length
         if count <= 0:
             return
-        first = self._next_chunk
-        self._entry.commit(first, count)
-        self._next_chunk = whole
+        first, self._next_chunk = self._next_chunk, whole
         flights = self._content.flights
-        for chunk in range(first, whole):
-            if flights.get(chunk) is self:
-                del flights[chunk]
-        self._content.wake(range(first, whole))
+        # Chunks that were here before are none of ours: they may be evicted at this moment.
+        mine = [chunk for chunk in range(first, whole) if flights.get(chunk) is self]
+        for run in _runs(mine):
+            self._entry.commit(run.start, len(run))
+        for chunk in mine:
+            del flights[chunk]
+        self._content.wake(mine)
+
+
+def _runs(chunks: Sequence[int]) -> list[range]:
+    """Adjoining numbers together."""
+    runs: list[range] = []
+    for chunk in chunks:
+        if runs and runs[-1].stop == chunk:
+            runs[-1] = range(runs[-1].start, chunk + 1)
+        else:
+            runs.append(range(chunk, chunk + 1))
+    return runs
 
 
 class Counters:

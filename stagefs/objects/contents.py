@@ -57,7 +57,16 @@ class Contents:
         if content is not None:
             self._by_key.move_to_end(key)
             return content
-        content = self._by_key[key] = Content(
+        return self._open(node)
+
+    def newly_opened(self, node: Node) -> Content | None:
+        """The content of a node's object, when it was not open before."""
+        assert node.object_id is not None
+        return None if node.object_id.key in self._by_key else self._open(node)
+
+    def _open(self, node: Node) -> Content:
+        assert node.object_id is not None
+        content = Content(
             inode=node.inode,
             object_id=node.object_id,
             size_bytes=node.size_bytes,
@@ -65,6 +74,7 @@ class Contents:
             checksum=node.checksum,
             ranges=node.ranges,
         )
+        self._by_key[content.key] = content
         if self._cache is not None:
             entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)
             if entry is not None and self._cache.hold(entry):
@@ -169,7 +179,7 @@ class Contents:
             entry.close()
 
     def _close(self, content: Content) -> None:
-        self._by_key.pop(content.object_id.key, None)
+        self._by_key.pop(content.key, None)
         self._let_go(content)
 
     def _close_idle(self, count: int) -> None:

@@ -101,7 +101,8 @@ class Fetcher:
         settings = self._settings
         return (
             content.flight_count < settings.parallel_spans_per_object
-            and self._counters.in_flight_bytes < settings.in_flight_bytes_max
+            and self._counters.in_flight_bytes
+            < self._room.ahead_bytes_max(settings.in_flight_bytes_max)
         )
 
     def _plan_whole(self, content: Content) -> None:
@@ -132,11 +133,11 @@ class Fetcher:
         entry = content.entry
         error: StageFSError | None = None
         try:
-            await self._room.make(flight.span.length)
-            self._counters.fetches += 1
-            await self._remote_for(content.url).fetch(
-                content.url, flight.span, sink=flight, validator=content.validator
-            )
+            async with self._room.for_bytes(flight.span.length):
+                self._counters.fetches += 1
+                await self._remote_for(content.url).fetch(
+                    content.url, flight.span, sink=flight, validator=content.validator
+                )
         except StageFSError as failure:
             error = failure
         except Exception as failure:
@@ -162,11 +163,11 @@ class Fetcher:
             self._ranges_refused(content.inode)
             return
         if isinstance(error, CacheFailed):
-            self._errors.note(content.object_id.key, error)
+            self._errors.note(content.key, error)
             self._contents.serve_from_memory(content, error)
             return
         self._counters.failed_fetches += 1
-        self._errors.note(content.object_id.key, error)
+        self._errors.note(content.key, error)
         log.log(error.log_level, "fetch of %s: %s", content.url, error)
         if isinstance(error, ObjectChanged):
             content.changed = error
@@ -176,6 +177,17 @@ class Fetcher:
         until = trio.current_time() + self._settings.failure_hold_s
         for chunk in chunks:
             content.failures[chunk] = Failure(error, until)
+
+    def given_up(self, content: Content, span: Span, error: StageFSError) -> None:
+        """A reader's deadline passed.  The kernel asks again for what its read-ahead did not get:
+        without a word of it, that reader would wait a second deadline for the same bytes.
+        """
+        self._errors.note(content.key, error)
+        log.log(error.log_level, "%s", error)
+        waited_for = content.first_unreadable(span) if content.serving is not None else 0
+        if waited_for is not None:
+            until = trio.current_time() + self._settings.failure_hold_s
+            content.failures[waited_for] = Failure(error, until)
 
     # Failures that readers meet
 

@@ -79,6 +79,7 @@ class Objects:
             cache, inline_flags=inline_flags, settings=settings, counters=self.counters
         )
         self._nursery: trio.Nursery
+        self._room: Room
         self._fetcher: Fetcher
         self._asking: Asking
         self._sharing: Sharing
@@ -97,11 +98,12 @@ class Objects:
 
     def _build(self, nursery: trio.Nursery) -> None:
         settings, remote_for = self._settings, self._remote_for
+        self._room = Room(self._cache, self._contents.close_idle)
         self._sharing = Sharing(nursery, self.counters)
         self._fetcher = Fetcher(
             nursery=nursery,
             remote_for=remote_for,
-            room=Room(self._cache, self._contents.close_idle),
+            room=self._room,
             contents=self._contents,
             errors=self.errors,
             counters=self.counters,
@@ -138,7 +140,8 @@ class Objects:
     def open(self, node: Node) -> OpenObject:
         """A handle on the node's object.  Contacts nobody."""
         ahead = ReadAhead(
-            window_bytes_max=self._settings.window_bytes_max,
+            size_bytes=node.size_bytes,
+            window_bytes_max=self._room.ahead_bytes_max(self._settings.window_bytes_max),
             seek_tolerance_bytes=self._settings.seek_tolerance_bytes,
         )
         return OpenObject(node, ahead)
@@ -175,6 +178,9 @@ class Objects:
         if length <= 0:
             return b""
         content = self._content(opened)
+        data = opened.read_now(offset, length)
+        if data is not None:
+            return data
         span = Span(offset, length)
         self.counters.reads_slow += 1
         with trio.move_on_after(self._settings.read_deadline_s):
@@ -183,15 +189,15 @@ class Objects:
             f"reading {content.url} at {offset}: nothing arrived within "
             f"{self._settings.read_deadline_s:g} s; see whether the server answers, then read again"
         )
-        self.errors.note(content.object_id.key, error)
-        log.warning("%s", error)
+        self._fetcher.given_up(content, span, error)
         raise error
 
     async def _read(self, content: Content, ahead: ReadAhead, span: Span) -> memoryview | bytes:
-        wanted = ahead.wanted(span, size_bytes=content.size_bytes)
+        wanted = ahead.wanted(span)
         while True:
             await self._preparing.entry(content)
             if content.serving is None:
+                self._fetcher.raise_failure(content, 0)
                 await self._sharing.run(content, "prove", self._prove)
             chunk = content.first_unreadable(span)
             if content.changed is None:
@@ -206,11 +212,12 @@ class Objects:
             assert entry is not None
             if entry.state[chunk] == PRESENT and chunk not in content.to_verify:
                 await content.shared["verify"].wait()
-            elif entry.state[chunk] == PRESENT or chunk in content.flights:
+            elif entry.state[chunk] == PRESENT:
                 await content.wait(chunk)
             else:
                 self._fetcher.raise_failure(content, chunk)
-                self._fetcher.plan(content, span, urgent=span)
+                if chunk not in content.flights:
+                    self._fetcher.plan(content, span, urgent=span)
                 await content.wait(chunk)
 
     async def _pread(self, content: Content, span: Span) -> bytes | None:
@@ -294,7 +301,7 @@ class Objects:
             return
         self.counters.checksum_mismatches += 1
         error = mismatch(content.url, checksum, found)
-        self.errors.note(content.object_id.key, error)
+        self.errors.note(content.key, error)
         log.error("%s", error)
         self._contents.start_again(content)
         content.failures[0] = Failure(error, trio.current_time() + self._settings.failure_hold_s)

@@ -56,6 +56,7 @@ class Preparing:
                 self._walks.missed(content.inode)
                 await shared.wait()
             elif content.validator is None:
+                self._fetcher.raise_failure(content, 0)
                 await self._sharing.run(content, "contact", self._first_contact)
             else:
                 self._contents.create(content)
@@ -112,10 +113,12 @@ class Preparing:
         assert small is not None
         if node.object_id is None or not node.size_bytes or not small.takes_size(node.size_bytes):
             return False
-        if self._contents.get(node.object_id.key) is not None:
-            return False
-        content = self._contents.of(node)
-        if content.entry is not None or small.want(content, urgent=False) is None:
+        content = self._contents.newly_opened(node)
+        if (
+            content is None
+            or content.entry is not None
+            or small.want(content, urgent=False) is None
+        ):
             return False
         content.place = place
         return True

@@ -17,20 +17,24 @@ class ReadAhead:
     """State of one handle.  ``trigger`` is the offset from which on the window needs topping up:
     the hot path compares it and nothing else."""
 
-    __slots__ = ("_expected", "_seek_tolerance", "_window", "_window_max", "trigger")
+    __slots__ = ("_expected", "_seek_tolerance", "_size", "_window", "_window_max", "trigger")
 
-    def __init__(self, *, window_bytes_max: int, seek_tolerance_bytes: int) -> None:
+    def __init__(
+        self, *, size_bytes: int, window_bytes_max: int, seek_tolerance_bytes: int
+    ) -> None:
         self._window = 0
         self._window_max = window_bytes_max
         self._seek_tolerance = seek_tolerance_bytes
         self._expected = -1
-        self.trigger = 0
+        self._size = size_bytes
+        # Of what fits into the first fetch there is nothing ahead.
+        self.trigger = NEVER if size_bytes <= START_BYTES else 0
 
     @property
     def window_bytes(self) -> int:
         return self._window
 
-    def wanted(self, span: Span, *, size_bytes: int) -> Span:
+    def wanted(self, span: Span) -> Span:
         """Note a read of ``span`` and say what should be in the cache or on its way because of it.
 
         The answer starts at the span's start and covers at least the span, within the object.
@@ -43,8 +47,8 @@ class ReadAhead:
         else:
             self._window = 0
         self._expected = max(span.stop, self._expected if self._window else 0)
-        stop = min(span.stop + self._window, size_bytes)
-        if stop >= size_bytes or not self._window:
+        stop = min(span.stop + self._window, self._size)
+        if stop >= self._size or not self._window:
             self.trigger = NEVER
         else:
             self.trigger = span.stop + self._window // 2

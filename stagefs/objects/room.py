@@ -5,14 +5,20 @@ the disk work happens in a worker thread.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
 from stagefs.cache.store import Cache
 from stagefs.errors import CacheFailed
+from stagefs.model import MIB
 
 log = logging.getLogger(__name__)
+
+# Of a small cache, read-ahead may take this share: else it would evict what it just brought.
+AHEAD_SHARE = 4
+AHEAD_BYTES_MIN = 4 * MIB
 
 
 class Room:
@@ -22,16 +28,33 @@ class Room:
         self._cache = cache
         self._release_idle = release_idle
         self._lock = trio.Lock()
+        self._promised_bytes = 0
 
-    async def make(self, length_bytes: int) -> None:
-        """Return when ``length_bytes`` more fit, or when nothing more can be dropped."""
+    def ahead_bytes_max(self, wanted_bytes: int) -> int:
+        """How much may be on its way ahead of readers, if it were for the settings."""
+        if self._cache is None:
+            return wanted_bytes
+        share = max(self._cache.capacity_bytes // AHEAD_SHARE, AHEAD_BYTES_MIN)
+        return min(wanted_bytes, share)
+
+    @asynccontextmanager
+    async def for_bytes(self, length_bytes: int) -> AsyncIterator[None]:
+        """Entered when ``length_bytes`` more fit, beside what others were promised, or when
+        nothing more can be dropped."""
         cache = self._cache
-        if cache is None or self._fits(cache, length_bytes):
-            return
+        self._promised_bytes += length_bytes
+        try:
+            if cache is not None and not self._fits(cache):
+                await self._make(cache)
+            yield
+        finally:
+            self._promised_bytes -= length_bytes
+
+    async def _make(self, cache: Cache) -> None:
         async with self._lock:
-            while not self._fits(cache, length_bytes):
+            while not self._fits(cache):
                 self._release_idle()
-                plan = cache.plan_room(length_bytes)
+                plan = cache.plan_room(self._promised_bytes)
                 if plan is None:
                     return
                 try:
@@ -42,6 +65,5 @@ class Room:
                 if not freed:
                     return
 
-    @staticmethod
-    def _fits(cache: Cache, length_bytes: int) -> bool:
-        return cache.headroom_bytes >= length_bytes and not cache.over_capacity()
+    def _fits(self, cache: Cache) -> bool:
+        return cache.headroom_bytes >= self._promised_bytes and not cache.over_capacity()

@@ -90,7 +90,10 @@ class SmallFetcher:
         else:
             queue.append(wanted)
         running = self._running.get(id(remote), 0)
-        if running < self._settings.small_batches_in_flight:
+        # Beside a batch under way another begins only when it is worth one: few large batches
+        # cost less than many small ones.
+        full = self._settings.small_batch_items_max // 2
+        if not running or (running < self._settings.small_batches_in_flight and len(queue) >= full):
             self._running[id(remote)] = running + 1
             self._nursery.start_soon(self._drain, remote, queue)
         return shared

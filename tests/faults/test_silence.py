@@ -60,7 +60,7 @@ def test_silent_server_harms_nobody_else(
 def silence(identity: Identity, served: Served, other: HttpServed, new_mount: MakeMount) -> None:
     mount = new_mount(
         identity,
-        settings=f'[read]\nread_deadline_s = "{DEADLINE_S}s"\nfailure_hold_s = "1s"\n',
+        settings=f'[read]\nread_deadline_s = "{DEADLINE_S}s"\n',
         environment=served.environment(identity),
     )
     pieces = [content(5 * MIB, str(number)) for number in range(3)]
