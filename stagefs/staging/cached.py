@@ -74,13 +74,14 @@ class CacheOperations:
     # Seeing
 
     async def list_entries(self, request: values.ListEntries) -> values.EntryPage:
-        rows = await self._rows()
-        rows.sort(key=lambda row: row.key)
-        after = bytes.fromhex(request.after) if request.after else b""
-        wanted = [row for row in rows if row.key > after][: max(1, request.limit)]
-        is_last = not wanted or wanted[-1].key == rows[-1].key
-        entries = [self._describe(row) for row in wanted]
-        return values.EntryPage(entries, after=None if is_last else entries[-1].key)
+        limit = max(1, request.limit)
+        if not request.after:
+            await trio.to_thread.run_sync(self._cache.flush_index)
+        rows = await trio.to_thread.run_sync(
+            functools.partial(self._cache.rows_after, request.after or "", limit=limit)
+        )
+        entries = [self._describe(row) for row in rows]
+        return values.EntryPage(entries, after=entries[-1].key if len(rows) == limit else None)
 
     async def show(self, request: values.ShowEntry) -> values.CacheEntry:
         subjects = await self._subjects(request.subject)

@@ -27,7 +27,8 @@ class Reading:
         self.objects = Objects(
             namespace=namespace,
             cache=cache,
-            inline_flags=None,
+            # Threads and a clock that jumps when all tasks wait do not go together.
+            inline_flags=0,
             remote_for=lambda _url: self.remote,
             settings=settings,
         )

@@ -4,12 +4,14 @@ from stagefs.model import GIB, KIB, MIB, Span
 from stagefs.objects.readahead import NEVER, ReadAhead
 
 
-def read_ahead() -> ReadAhead:
-    return ReadAhead(window_bytes_max=64 * MIB, seek_tolerance_bytes=16 * MIB)
+def read_ahead(size_bytes: int = GIB) -> ReadAhead:
+    return ReadAhead(
+        size_bytes=size_bytes, window_bytes_max=64 * MIB, seek_tolerance_bytes=16 * MIB
+    )
 
 
-def read(ahead: ReadAhead, start: int, length: int = 128 * KIB, size_bytes: int = GIB) -> Span:
-    return ahead.wanted(Span(start, length), size_bytes=size_bytes)
+def read(ahead: ReadAhead, start: int, length: int = 128 * KIB) -> Span:
+    return ahead.wanted(Span(start, length))
 
 
 def test_first_read_wants_no_more_than_it_asks() -> None:
@@ -50,11 +52,16 @@ def test_requests_in_the_kernels_own_order_count_as_sequential() -> None:
 
 
 def test_never_beyond_the_end() -> None:
-    ahead = read_ahead()
-    read(ahead, 0, size_bytes=MIB)
-    wanted = read(ahead, 128 * KIB, size_bytes=MIB)
-    assert wanted.stop == MIB
+    ahead = read_ahead(size_bytes=2 * MIB)
+    read(ahead, 0)
+    read(ahead, 128 * KIB)
+    wanted = read(ahead, 256 * KIB)
+    assert wanted.stop == 2 * MIB
     assert ahead.trigger == NEVER
+
+
+def test_what_fits_into_one_fetch_has_nothing_ahead() -> None:
+    assert read_ahead(size_bytes=MIB).trigger == NEVER
 
 
 def test_trigger_comes_before_the_window_is_used_up() -> None:
