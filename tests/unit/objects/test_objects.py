@@ -18,7 +18,6 @@ from stagefs.errors import (
 from stagefs.model import MIB, Checksum, ChecksumKind, Span
 from tests.unit.objects.conftest import MakeReading
 
-
 # What failed is asked for again only after this (conftest's settings).
 HOLD_S = 5.0
 
