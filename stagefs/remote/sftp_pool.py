@@ -180,6 +180,7 @@ class Pool:
 
     def _now_ready(self, session: Session) -> None:
         session.was_ready = True
+        session.ready_since = self._now
         self._note(f"session {len(self._sessions)} with {self._order.host} is ready")
         waiting, self._waiting = self._waiting, []
         for operation in waiting:
@@ -259,12 +260,13 @@ class Pool:
             self._judge_operations(session)
         else:
             extra = session is not self._sessions[0]
-            if now - session.last_received > (IDLE_EXTRA_S if extra else IDLE_S):
+            idle_s = now - max(session.last_answered, session.ready_since)
+            if idle_s > (IDLE_EXTRA_S if extra else IDLE_S):
                 self._drop(session)
 
     def _judge_operations(self, session: Session) -> None:
         now, order = self._now, self._order
-        quiet = now - session.last_received
+        quiet = now - session.last_answered
         stalled = False
         for operation in list(session.operations.values()):
             assert isinstance(operation, BaseOperation)
@@ -276,7 +278,7 @@ class Pool:
                 if quiet > limit or waited > limit * PATIENCE:
                     operation.fail(self._silence(limit))
         if stalled:
-            self._lost(session, self._silence(quiet))
+            self._lost(session, self._silence(order.progress_timeout_s))
 
     def _silence(self, seconds: float) -> Failure:
         return Failure(

@@ -7,6 +7,7 @@ come quickly and shrinks when they queue, so that a slow link is not filled for 
 Engine process only, one thread; nothing here blocks except writing into a sink.
 """
 
+import math
 import os
 from collections import deque
 from typing import Protocol
@@ -104,7 +105,8 @@ class Session:
         self.transport = transport
         self.ready = False
         self.started = now
-        self.last_received = now
+        # A greeting is no answer: a server may greet and then say nothing.
+        self.last_answered = -math.inf
         self.limits = Limits(read_bytes=protocol.READ_BYTES_UNLIMITED, open_handles=0)
         self.in_flight_bytes = 0
         self.open_handles = 0
@@ -120,6 +122,7 @@ class Session:
         self.ending_since: float | None = None
         self.said_all = False
         self.was_ready = False
+        self.ready_since = now
         self._turns: deque[bytes] = deque()
         self._groups: dict[bytes, deque[Operation]] = {}
         self._wanting_handles: list[Operation] = []
@@ -208,8 +211,8 @@ class Session:
             count = self._stream.pull()
         except BlockingIOError:
             return True
-        if count:
-            self.last_received = now
+        if count and self.was_ready:
+            self.last_answered = now
         return count > 0
 
     def listen(self) -> bool:

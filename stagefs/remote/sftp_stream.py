@@ -2,8 +2,11 @@
 
 The bytes are read into one buffer.  Whole packets go to the receiver as views of it, and the
 payload of a READ that has a sink is written to the file from there as it comes in, so each
-byte is copied twice (pipe to buffer, buffer to page cache) and never by Python.  Runs in the
-engine's only thread; reading never blocks, writing into a sink may (it is a local file).
+byte is copied twice (pipe to buffer, buffer to page cache) and never by Python.  splice was
+tried: the same CPU time over seven interleaved pairs of 1 GiB, and it works from pipes only.
+
+Runs in the engine's only thread; reading never blocks, writing into a sink may (it is a local
+file).
 """
 
 import os
