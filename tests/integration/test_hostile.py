@@ -11,7 +11,7 @@ import pytest
 from tests.support.identity import Identity
 from tests.support.kernel import programs
 from tests.support.mounted import Mounted, sentence
-from tests.support.served import HttpServed, Served, ServedFiles
+from tests.support.served import HttpServed, ServedFiles
 
 MakeMount = Callable[..., Mounted]
 
@@ -58,13 +58,14 @@ def test_catalog_names_that_only_look_bad_are_just_names(
         assert mount.read(f"staging/{name}") == b"x"
 
 
-def test_names_that_are_not_utf8(identity: Identity, served: Served, new_mount: MakeMount) -> None:
-    assert isinstance(served, ServedFiles)
+def test_names_that_are_not_utf8(
+    identity: Identity, served_files: ServedFiles, new_mount: MakeMount
+) -> None:
     name = os.fsdecode(b"caf\xe9 \xff.dat")
-    served.put("dir/plain", b"plain")
-    (served.objects / "dir" / name).write_bytes(b"latin")
-    mount = new_mount(identity, environment=served.environment(identity))
-    mount.stagefs("bind", served.url("dir/"), "staging:///dir")
+    served_files.put("dir/plain", b"plain")
+    (served_files.objects / "dir" / name).write_bytes(b"latin")
+    mount = new_mount(identity, environment=served_files.environment(identity))
+    mount.stagefs("bind", served_files.url("dir/"), "staging:///dir")
     listed = mount.run("ls", "-A", "MNT/staging/dir").stdout
     assert os.fsencode(name) in listed
     assert mount.read(f"staging/dir/{name}") == b"latin"
@@ -109,20 +110,19 @@ def test_listing_of_a_hostile_web_server(
 
 
 def test_symbolic_links_of_a_remote_show_as_files_or_not_at_all(
-    identity: Identity, served: Served, new_mount: MakeMount
+    identity: Identity, served_files: ServedFiles, new_mount: MakeMount
 ) -> None:
     """They are followed by the server, never here: no link of ours leads to a local path."""
-    assert isinstance(served, ServedFiles)
-    served.put("dir/real", b"real")
+    served_files.put("dir/real", b"real")
     for name, target in (
         ("to-file", "real"),
         ("to-root", "/"),
         ("up", "../.."),
         ("nowhere", "/absent"),
     ):
-        (served.objects / "dir" / name).symlink_to(target)
-    mount = new_mount(identity, environment=served.environment(identity))
-    mount.stagefs("bind", served.url("dir/"), "staging:///dir")
+        (served_files.objects / "dir" / name).symlink_to(target)
+    mount = new_mount(identity, environment=served_files.environment(identity))
+    mount.stagefs("bind", served_files.url("dir/"), "staging:///dir")
     kinds = mount.run("find", "MNT/staging/dir", "-maxdepth", "1", "-printf", "%f %y\\n").stdout
     assert b" l\n" not in kinds
     assert b"real f\n" in kinds

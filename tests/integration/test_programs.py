@@ -15,21 +15,32 @@ import pytest
 
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted
-from tests.support.served import Served, ServedFiles, content
+from tests.support.served import Served, content
 
 MakeMount = Callable[..., Mounted]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Place:
-    """The same directory twice: a plain copy, and bound in a mount."""
+    """The same directory twice: a plain copy, and served and bound in a mount."""
 
+    served: Served
     mount: Mounted
     plain: Path
     staged: Path
+    published: bool = False
+
+    def publish(self) -> None:
+        """What is in the plain directory now is what the server has; once."""
+        if not self.published:
+            self.published = True
+            self.served.publish(self.plain, "data")
+            self.mount.stagefs("bind", self.served.url("data/"), "staging:///data")
+            self.mount.stagefs("sandbox", "create", "t", "--in", "data=staging:///data")
 
     def same(self, *command: str) -> bytes:
         """Run a command in both; returns what both printed."""
+        self.publish()
         plain = self.mount.run(*command, directory=self.plain)
         staged = self.mount.run(*command, directory=self.staged)
         assert staged.stdout == plain.stdout
@@ -38,13 +49,11 @@ class Place:
 
 
 @pytest.fixture
-def place(identity: Identity, served: Served, new_mount: MakeMount) -> Place:
-    assert isinstance(served, ServedFiles)
-    (served.objects / "data").mkdir()
+def place(identity: Identity, served: Served, new_mount: MakeMount, work: Path) -> Place:
+    plain = work / "plain"
+    plain.mkdir(mode=0o755)
     mount = new_mount(identity, environment=served.environment(identity))
-    mount.stagefs("bind", served.url("data/"), "staging:///data", "--ttl", "0s")
-    mount.stagefs("sandbox", "create", "t", "--in", "data=staging:///data")
-    return Place(mount, served.objects / "data", mount.point / "tasks/t/data")
+    return Place(served, mount, plain, mount.point / "tasks/t/data")
 
 
 def test_sha256sum_and_cmp(place: Place) -> None:

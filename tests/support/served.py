@@ -10,17 +10,55 @@ import itertools
 import os
 import random
 import shutil
+import signal
+import socket
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import obstore
+
 from stagefs.remote.url import quote_path
 from tests.support.identity import Identity
-from tests.support.nginx import Nginx, running_nginx
+from tests.support.nginx import Nginx, free_ports, running_nginx
+from tests.support.rgw import Rgw
 from tests.support.sshd import Sshd, running_sshd
-
+from tests.support.waiting import wait_until
 
 FIRST_PUBLICATION_S = 1_750_000_000
+LARGE_FILE_BYTES = 10 << 30
+# Ceph keeps it in memory.
+LARGE_OBJECT_BYTES = 512 << 20
+_FRONT_CONF = """
+daemon off;
+master_process off;
+{user}
+pid {top}/nginx.pid;
+error_log {top}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    log_format counted '$request_method $request_uri $body_bytes_sent';
+    access_log {top}/access.log counted;
+    client_body_temp_path {top}/t1;
+    proxy_temp_path {top}/t2;
+    fastcgi_temp_path {top}/t3;
+    uwsgi_temp_path {top}/t4;
+    scgi_temp_path {top}/t5;
+    keepalive_requests 100000;
+    client_max_body_size 0;
+    server {{
+        listen 127.0.0.1:{port} backlog=512;
+        location / {{
+            proxy_pass {endpoint};
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_buffering off;
+            proxy_read_timeout 1h;
+        }}
+    }}
+}}
+"""
 
 
 def content(size_bytes: int, seed: str = "") -> bytes:
@@ -40,6 +78,15 @@ class Served(Protocol):
 
     def put(self, name: str, data: bytes) -> str:
         """Store (or replace) an object; returns its URL."""
+        ...
+
+    def put_large(self, name: str, tail: bytes) -> tuple[str, int]:
+        """An object of zeros, as large as this server can hold easily, that ends with ``tail``;
+        returns its URL and size."""
+        ...
+
+    def publish(self, directory: Path, prefix: str) -> None:
+        """Every file below ``directory`` becomes an object below ``prefix``."""
         ...
 
     def remove(self, name: str) -> None: ...
@@ -83,13 +130,19 @@ class ServedFiles(abc.ABC):
     def remove(self, name: str) -> None:
         (self.objects / name).unlink()
 
-    def put_sparse(self, name: str, size_bytes: int, tail: bytes) -> str:
-        """Zeros that take no room, and then ``tail``."""
+    def put_large(self, name: str, tail: bytes) -> tuple[str, int]:
         with (self.objects / name).open("wb") as file:
-            file.truncate(size_bytes - len(tail))
+            file.truncate(LARGE_FILE_BYTES - len(tail))  # takes no room
             file.seek(0, os.SEEK_END)
             file.write(tail)
-        return self.url(name)
+        return self.url(name), LARGE_FILE_BYTES
+
+    def publish(self, directory: Path, prefix: str) -> None:
+        (self.objects / prefix).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(directory, self.objects / prefix, symlinks=True, dirs_exist_ok=True)
+
+    @abc.abstractmethod
+    def environment(self, identity: Identity) -> Mapping[str, str]: ...
 
     @abc.abstractmethod
     def url(self, name: str) -> str: ...
@@ -172,8 +225,95 @@ class SshServed(ServedFiles):
         self._server.thaw()
 
 
+class S3Served:
+    """Ceph's gateway behind an nginx that counts what it sends and that can be made silent.
+
+    Each has a bucket of its own, so that the gateway, which takes seconds to start, is shared.
+    """
+
+    scheme = "s3"
+
+    def __init__(self, top: Path, gateway: Rgw, bucket: str) -> None:
+        self._gateway = gateway
+        self._bucket = bucket
+        self._store = gateway.bucket(bucket)
+        gateway.make_bucket(bucket)
+        self._top = top
+        (self._port,) = free_ports(1)
+        conf = top / "nginx.conf"
+        user = "user root;" if os.geteuid() == 0 else ""
+        conf.write_text(
+            _FRONT_CONF.format(top=top, port=self._port, endpoint=gateway.endpoint, user=user)
+        )
+        program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+        assert program is not None, "nginx is not installed (apt-get install nginx-light)"
+        words = [program, "-e", str(top / "error.log"), "-c", str(conf), "-p", str(top)]
+        self._front = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        wait_until(self._answers, "nginx before the gateway")
+
+    def _answers(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def environment(self, identity: Identity) -> Mapping[str, str]:
+        endpoint = f"http://127.0.0.1:{self._port}"
+        return {**self._gateway.environment, "AWS_ENDPOINT_URL": endpoint}
+
+    def put(self, name: str, data: bytes) -> str:
+        obstore.put(self._store, name, data)
+        return self.url(name)
+
+    def put_large(self, name: str, tail: bytes) -> tuple[str, int]:
+        return self.put(name, bytes(LARGE_OBJECT_BYTES - len(tail)) + tail), LARGE_OBJECT_BYTES
+
+    def publish(self, directory: Path, prefix: str) -> None:
+        for path in sorted(directory.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(directory)}", path.read_bytes())
+
+    def remove(self, name: str) -> None:
+        obstore.delete(self._store, name)
+
+    def url(self, name: str) -> str:
+        return f"s3://{self._bucket}/{name}"
+
+    def _log(self) -> list[list[str]]:
+        lines = (self._top / "access.log").read_text().splitlines()
+        return [line.split(" ") for line in lines]
+
+    def bytes_sent(self) -> int:
+        """Listings (which have a query) left out."""
+        return sum(
+            int(sent) for method, uri, sent in self._log() if method == "GET" and "?" not in uri
+        )
+
+    def requests_for(self, name: str) -> int:
+        path = f"/{self._bucket}/{quote_path(name)}"
+        return sum(uri.partition("?")[0] == path for _, uri, _ in self._log())
+
+    def freeze(self) -> None:
+        self._front.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._front.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        self.thaw()
+        self._front.terminate()
+        self._front.wait(10)
+
+
 @contextlib.contextmanager
-def serving(scheme: str, top: Path) -> Iterator[Served]:
+def serving_s3(top: Path, gateway: Rgw, bucket: str) -> Iterator[S3Served]:
+    server = S3Served(top, gateway, bucket)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def serving(scheme: str, top: Path) -> Iterator["HttpServed | SshServed"]:
     """A server of the suite's own; ``top`` is an empty directory that everybody can enter."""
     if scheme == "http":
         with running_nginx(top) as nginx:
