@@ -30,7 +30,7 @@ from typing import BinaryIO
 import msgspec
 
 from stagefs.errors import InvalidCatalog, InvalidName, InvalidUrl
-from stagefs.namespace.node import encoded_name
+from stagefs.namespace.node import NAME_BYTES_MAX, encoded_name
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.url import normalize, shown
 
@@ -218,7 +218,7 @@ class _Checks:
         for part in directory.split("/"):
             if part or directory:
                 encoded_name(part)
-        if len(name.encode("utf-8", "surrogateescape")) > PATH_BYTES_MAX:
+        if len(directory.encode("utf-8", "surrogateescape")) > PATH_BYTES_MAX - NAME_BYTES_MAX:
             raise InvalidName(f"the name {name[:80]!r}... is longer than {PATH_BYTES_MAX} bytes.")
 
     def _checked_url(self, url: str, number: int) -> str:

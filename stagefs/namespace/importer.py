@@ -80,8 +80,11 @@ def _read(catalog: Path, scratch: Scratch, report: Report, stopped: Callable[[],
                     if stopped():
                         raise Stopped(_STOPPED)
     except OSError as exc:
-        raise InvalidCatalog(f"The catalog {catalog} cannot be read ({exc.strerror}).") from exc
+        raise InvalidCatalog(
+            f"The catalog {catalog} cannot be read ({exc.strerror or exc})."
+        ) from exc
     scratch.finish()
+    report("check", total, total)
 
 
 class _Output:
@@ -98,8 +101,7 @@ class _Output:
 
     @staticmethod
     def line(value: object) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
-        sys.stdout.buffer.flush()
+        os.write(1, msgspec.json.encode(value) + b"\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -140,6 +142,9 @@ def main() -> int:
         text = str(exc).encode("utf-8", "backslashreplace").decode()
         output.line({"error": text, "kind": type(exc).__name__, "exit_code": exc.exit_code})
         return exc.exit_code
+    except BrokenPipeError:
+        # Whoever asked for the import is gone; what is imported stays.
+        return 1
     output.line({"result": result})
     return 0
 

@@ -152,7 +152,7 @@ class Inserter:
             return
         if own.node.kind is NodeKind.DIRECTORY:
             raise InvalidCatalog(
-                f"Line {row.line} of the catalog: {self._shown(row)} is a directory."
+                f"Line {row.line} of the catalog: {self._shown(row)} exists and is a directory."
             )
         if not self._replace:
             raise InvalidCatalog(
