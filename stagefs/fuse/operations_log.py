@@ -16,19 +16,22 @@ supervisor while no daemon lives (``stagefs/supervisor/memory.py``).
 byte       content
 =========  ==========================================================================
 0          header: magic, version, answered, next operation, generation, resent mode,
-           resent count, start (CLOCK_MONOTONIC ns)
+           resent count, start (CLOCK_MONOTONIC ns), 1 where requests are sent again
 4096       resent list: 4096 words, thread << 32 | opcode
-40960      notes: 4096 slots of 4 words: thread, operation, digest (2)
-172032     pending: 4096 slots of 4 words: kind << 32 | thread, inode, expiry (ns), unused
-303104     free up to 1 MiB
+40960      notes: 4096 slots of 8 words: finished << 32 | thread, operation, digest (2), and twice
+           (parent, hash of the name << 1 | 1 when it was there before)
+303104     pending: 4096 slots of 4 words: kind << 32 | thread, inode, expiry (ns), unused
+434176     free up to 1 MiB
 =========  ==========================================================================
 """
 
 import enum
 import mmap
 import time
-from collections.abc import Callable
-from typing import NewType
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NewType
+
+import xxhash
 
 from stagefs.errors import NewerFormat
 from stagefs.model import Inode
@@ -40,12 +43,14 @@ LAYOUT_VERSION = 1
 MEMORY_BYTES = 1 << 20
 W_MAGIC, W_VERSION, W_ANSWERED, W_NEXT_OPERATION = 0, 1, 2, 3
 W_GENERATION, W_RESENT_MODE, W_RESENT_COUNT, W_STARTED_NS = 4, 5, 6, 7
+W_CAN_RESEND = 8
 RESENT_OFFSET = 4096
 RESENT_MAX = 4096
 RESENT_NONE, RESENT_LISTED, RESENT_UNKNOWN = 0, 1, 2
 NOTES_OFFSET = 40960
-NOTES_MAX, NOTE_WORDS = 4096, 4
-PENDING_OFFSET = 172032
+NOTES_MAX, NOTE_WORDS = 4096, 8
+NOTE_FINISHED = 1 << 32
+PENDING_OFFSET = 303104
 PENDING_MAX, PENDING_WORDS = 4096, 4
 
 DIGEST_BYTES = 16
@@ -53,6 +58,8 @@ PENDING_LIFE_NS = 5_000_000_000
 # The repetitions are the first requests that a daemon gets (or, without RESEND, the kernel
 # repeats at once).  A later equal call is a new one.
 LEFT_BEHIND_LIFE_NS = 10_000_000_000
+# The kernel looks up a name once to see whether it still is what it was, and once more.
+LOOKUPS_BEFORE_REPETITION = 2
 # SETATTR SYMLINK MKNOD MKDIR UNLINK RMDIR RENAME LINK SETXATTR REMOVEXATTR CREATE RENAME2
 NAME_CHANGING_OPCODES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 21, 24, 35, 45})
 
@@ -65,11 +72,24 @@ class PendingKind(enum.IntFlag):
     RECORD = 4  # the name is wanted, so that it can be said who reads what
 
 
+class NameBefore(NamedTuple):
+    """Whether a name that an operation changes was there before it."""
+
+    parent: Inode
+    name: bytes
+    present: bool
+
+
 class Notes:
     """Which thread was doing which name-changing operation.  Keyed by thread id.
 
     Thread id 0 (a caller outside the pid namespace) is nobody: it gets operation numbers,
     leaves no note, and never matches.
+
+    Where the kernel does not send requests again (before 6.9), it walks the path again, and
+    so asks for the name first.  If the operation took effect, the truth would end it with
+    EEXIST or ENOENT before it is repeated; that LOOKUP must be answered as if the operation
+    had not happened yet (``repeated_lookup``).
 
     A note lives from ``begin`` until just after its answer was written.  Not longer: the
     same thread may rightly ask the same again.
@@ -83,11 +103,13 @@ class Notes:
         self._slots: dict[int, int] = {}
         self._finished: list[int] = []
         self._left_behind: set[int] = set()
+        self._lookups: dict[tuple[int, int], int] = {}
         self._believe_until_ns = 0
+        self._walks_again = not words[W_CAN_RESEND]
         resent = self._resent_threads()
         self._free = []
         for slot in _slots(NOTES_OFFSET, NOTES_MAX, NOTE_WORDS):
-            thread = words[slot]
+            thread = words[slot] & 0xFFFFFFFF
             if thread and (resent is None or thread in resent):
                 self._slots[thread] = slot
                 self._left_behind.add(thread)
@@ -95,10 +117,13 @@ class Notes:
                 words[slot] = 0
                 self._free.append(slot)
 
-    def begin(self, thread: int, digest: bytes) -> OperationNumber:
+    def begin(
+        self, thread: int, digest: bytes, before: Sequence[NameBefore] = ()
+    ) -> OperationNumber:
         """Note what ``thread`` is about to change; returns the number for its transaction.
 
         ``digest``: DIGEST_BYTES that are equal for a repetition of the same request only.
+        ``before``: the (at most two) names it will change, as they are now.
         """
         self._forget_old()
         words = self._words
@@ -110,6 +135,8 @@ class Notes:
             words[slot] = 0
             words[slot + 1] = number
             words[slot + 2 : slot + 4] = memoryview(digest).cast("Q")
+            if self._walks_again:
+                self._write_names(slot, before)
             words[slot] = thread
         return number
 
@@ -130,15 +157,42 @@ class Notes:
             return None
         return OperationNumber(self._words[slot + 1])
 
+    @property
+    def expects_walks(self) -> bool:
+        """Whether ``repeated_lookup`` can find anything: only just after a death, before 6.9."""
+        return self._walks_again and bool(self._left_behind)
+
+    def repeated_lookup(
+        self, thread: int, parent: Inode, name: bytes
+    ) -> tuple[OperationNumber, bool] | None:
+        """For a LOOKUP: (number, present) when ``thread`` walks again to repeat an operation.
+
+        If the namespace knows that number as applied, the LOOKUP is to be answered as if the
+        name were (``present``: the inode that was changed; else ENOENT), without timeouts.
+        """
+        self._forget_old()
+        if thread not in self._left_behind:
+            return None
+        slot, key = self._slots[thread], _name_key(name)
+        for place in (slot + 4, slot + 6):
+            if self._words[place] == parent and self._words[place + 1] >> 1 == key:
+                count = self._lookups[thread, place] = self._lookups.get((thread, place), 0) + 1
+                if count > LOOKUPS_BEFORE_REPETITION:
+                    return None
+                return OperationNumber(self._words[slot + 1]), bool(self._words[place + 1] & 1)
+        return None
+
     def finish(self, thread: int) -> None:
         """The answer is about to be written: drop the note as soon as it is.
 
         pyfuse3 writes it before it gives the event loop back, so what ``call_soon``
         schedules runs just after.
         """
-        if thread in self._slots:
+        slot = self._slots.get(thread)
+        if slot is not None:
+            self._words[slot] |= NOTE_FINISHED
             self._finished.append(thread)
-            self._call_soon(self._forget_finished)
+            self._call_soon(self.forget_finished)
 
     def _resent_threads(self) -> set[int] | None:
         """The threads whose change of a name is sent again; None when nobody knows."""
@@ -150,6 +204,13 @@ class Notes:
         start = RESENT_OFFSET // 8
         listed = self._words[start : start + self._words[W_RESENT_COUNT]]
         return {word >> 32 for word in listed if word & 0xFFFFFFFF in NAME_CHANGING_OPCODES}
+
+    def _write_names(self, slot: int, before: Sequence[NameBefore]) -> None:
+        words = self._words
+        words[slot + 4] = words[slot + 6] = 0
+        for place, name in zip((slot + 4, slot + 6), before, strict=False):
+            words[place] = name.parent
+            words[place + 1] = _name_key(name.name) << 1 | name.present
 
     def _slot_for(self, thread: int) -> int | None:
         slot = self._slots.get(thread)
@@ -163,14 +224,16 @@ class Notes:
             self._words[slot] = 0
             self._free.append(slot)
 
-    def _forget_finished(self) -> None:
-        for thread in self._finished:
-            self._clear(thread)
-        self._finished.clear()
+    def forget_finished(self) -> None:
+        """Drop the notes of operations whose answers have been written by now."""
+        if self._finished:
+            for thread in self._finished:
+                self._clear(thread)
+            self._finished.clear()
 
     def _forget_old(self) -> None:
         """Finished notes, and those left behind whose repetition never came."""
-        self._forget_finished()
+        self.forget_finished()
         if not self._left_behind:
             return
         now = time.monotonic_ns()
@@ -255,8 +318,13 @@ class SharedMemory:
         self.pending = PendingLookups(words)
 
     def count_answer(self) -> None:
-        """To be called when a request is answered: deaths with answers between are forgiven."""
+        """To be called in each request: deaths with answers between are forgiven."""
         self._words[W_ANSWERED] += 1
+        self.notes.forget_finished()
+
+
+def _name_key(name: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(name) >> 1
 
 
 def _slots(offset: int, count: int, words: int) -> range:

@@ -44,7 +44,7 @@ import json
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import pyfuse3
@@ -78,15 +78,19 @@ class ForgetName(NamedTuple):
 Invalidation = ForgetAttributes | ForgetName
 
 
-@dataclass(frozen=True)
+@dataclass
 class Handoff:
-    """The descriptors that the supervisor handed to this daemon."""
+    """The descriptors that the supervisor handed to this daemon.
+
+    Only the first word to it counts, and a later one goes nowhere.
+    """
 
     device: int
     session: int
     memory: int
     status: int
     supervisor: int
+    _told: bool = field(default=False, init=False)
 
     @classmethod
     def accept(cls, text: str) -> Self:
@@ -120,6 +124,9 @@ class Handoff:
         self._tell({"error": sentence, "exit_code": exit_code})
 
     def _tell(self, said: dict[str, object]) -> None:
+        if self._told:
+            return
+        self._told = True
         os.write(self.status, json.dumps(said).encode() + b"\n")
         os.close(self.status)
 

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lifetime", default="forever", help="pid:N, job or forever")
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--no-resend", action="store_true", help="as on kernels before 6.9")
-    parser.add_argument("--read-ahead-kib", type=int, default=1024)
+    parser.add_argument("--read-ahead-kib", type=int, default=512)
     parser.add_argument("--start-timeout-s", type=float, default=120.0)
     parser.add_argument("--stop-timeout-s", type=float, default=30.0)
     parser.add_argument("daemon", nargs="+")

@@ -20,15 +20,17 @@ from stagefs.supervisor.children import reap_late, start_child
 from stagefs.supervisor.daemons import Credentials, Daemon, Status, describe_exit
 from stagefs.supervisor.lifetime import LivingProcess, read_process
 from stagefs.supervisor.memory import SharedMemory
+from stagefs.supervisor.repetitions import drop_answered_notes
 
 log = logging.getLogger("stagefs.supervisor")
 
 TICK_S = 1.0
 INIT_TIMEOUT_S = 30.0
 FAILURES_MAX = 5
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 10.0
-# A daemon that lived this long was a good one: the next death starts the count anew.
-GOOD_LIFE_S = 60.0
+# A pause before the next start, doubled from death to death.  It stays short for daemons
+# that got some work done, and starts anew after one that lived for a while.
+BACKOFF_FIRST_S, BACKOFF_WORKING_MAX_S, BACKOFF_MAX_S = 0.1, 1.0, 10.0
+GOOD_LIFE_S = 10.0
 # After the mount is gone the daemon should end by itself; then it is asked, then forced.
 END_BY_ITSELF_S = 2.0
 EXIT_FAILED = 1
@@ -73,7 +75,6 @@ class Supervisor:
             signal.signal(number, self._note_stop)
         signal.signal(signal.SIGCHLD, _note_nothing)
         self._lifetime_fd = _open_pidfd(options.lifetime)
-        self._memory = SharedMemory()
         self._failures = 0
         self._backoff_s = 0.0
 
@@ -105,7 +106,7 @@ class Supervisor:
                 f"Cannot mount on {self._options.mountpoint}: the mount does not show in "
                 "/proc/self/mountinfo; is the path inside another mount namespace?"
             )
-        self._connection = mounted.connection
+        self._mounted, self._connection = mounted, mounted.connection
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
         if not poll.poll(INIT_TIMEOUT_S * 1000):
@@ -117,6 +118,7 @@ class Supervisor:
         os.write(self._device, wire.init_reply(init))
         self._init = wire.replayed_init(init)
         self._resend = self._options.resend and init.can_resend
+        self._memory = SharedMemory(can_resend=self._resend)
         self._sweep = leftovers.StaleSweep(self._device, self._connection)
         mounts.raise_read_ahead(mounted.device, self._options.read_ahead_kib)
         log.info(
@@ -253,7 +255,8 @@ class Supervisor:
         deadline = time.monotonic() + self._backoff_s
         while not self._stop_reason and (left := deadline - time.monotonic()) > 0:
             self._wait_once(timeout_s=left)
-        self._backoff_s = min(max(self._backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+        longest = BACKOFF_MAX_S if self._failures else BACKOFF_WORKING_MAX_S
+        self._backoff_s = min(max(self._backoff_s * 2, BACKOFF_FIRST_S), longest)
 
     def _put_queue_in_order(self) -> None:
         if self._resend:
@@ -261,15 +264,10 @@ class Supervisor:
             log.info("%d requests were in flight and are sent again", len(requests))
             self._memory.begin_generation(requests, first=False)
         else:
-            self._sweep.begin(lambda: start_child(self._provoke))
+            dropped = drop_answered_notes(self._memory.words)
+            log.info("requests in flight get ESTALE; %d notes were of answered ones", dropped)
+            self._sweep.begin(lambda: start_child(lambda: mounts.ask(self._mounted)))
             self._memory.begin_generation(None, first=False)
-
-    def _provoke(self) -> None:
-        owner = self._options.owner
-        if os.geteuid() == 0 and owner.uid != 0:
-            os.setgid(owner.gid)
-            os.setuid(owner.uid)
-        os.statvfs(self._options.mountpoint)
 
     # ---- the end -----------------------------------------------------------------------
 

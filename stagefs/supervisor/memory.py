@@ -19,32 +19,37 @@ LAYOUT_VERSION = 1
 MEMORY_BYTES = 1 << 20
 W_MAGIC, W_VERSION, W_ANSWERED, W_NEXT_OPERATION = 0, 1, 2, 3
 W_GENERATION, W_RESENT_MODE, W_RESENT_COUNT, W_STARTED_NS = 4, 5, 6, 7
+W_CAN_RESEND = 8
 RESENT_OFFSET = 4096
 RESENT_MAX = 4096
+NOTES_OFFSET = 40960
+NOTES_MAX, NOTE_WORDS = 4096, 8
+NOTE_FINISHED = 1 << 32
 # How the requests of the dead daemon come back: there was none; each thread of the list
 # repeats its request; or (kernels without RESEND) nobody knows which threads do.
 RESENT_NONE, RESENT_LISTED, RESENT_UNKNOWN = 0, 1, 2
 
 
 class SharedMemory:
-    def __init__(self) -> None:
+    def __init__(self, *, can_resend: bool) -> None:
         self.fd = os.memfd_create("stagefs-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, MEMORY_BYTES)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._words = memoryview(mmap.mmap(self.fd, MEMORY_BYTES)).cast("Q")
-        self._words[W_VERSION] = LAYOUT_VERSION
+        self.words = memoryview(mmap.mmap(self.fd, MEMORY_BYTES)).cast("Q")
+        self.words[W_VERSION] = LAYOUT_VERSION
         # Operation numbers are kept by the namespace for longer than a mount lives, so a
         # mount begins where the clock is: past every number that another mount has used.
-        self._words[W_NEXT_OPERATION] = time.time_ns()
-        self._words[W_MAGIC] = MAGIC
+        self.words[W_NEXT_OPERATION] = time.time_ns()
+        self.words[W_CAN_RESEND] = can_resend
+        self.words[W_MAGIC] = MAGIC
 
     @property
     def answered(self) -> int:
-        return self._words[W_ANSWERED]
+        return self.words[W_ANSWERED]
 
     def begin_generation(self, resent: Sequence[Request] | None, *, first: bool) -> None:
         """Say to the next daemon what the last one left.  ``resent`` is None for unknown."""
-        words = self._words
+        words = self.words
         if first:
             mode, count = RESENT_NONE, 0
         elif resent is None or len(resent) > RESENT_MAX:

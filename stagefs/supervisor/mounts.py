@@ -40,6 +40,7 @@ class Mounted:
     mountpoint: str
     device: str  # "0:53": the part after the colon names the FUSE connection
     fs_type: str
+    uid: int  # of the user it is for: the only one whom a mount without allow_other answers
 
     @property
     def connection(self) -> int:
@@ -62,7 +63,9 @@ def mounted_at(mountpoint: str) -> Mounted | None:
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         if _unescaped(fields[4]) == mountpoint:
-            found = Mounted(mountpoint, fields[2], after.split(" ")[0])
+            kind, _, options = after.split(" ", 2)
+            user = dict(option.partition("=")[::2] for option in options.split(",")).get("user_id")
+            found = Mounted(mountpoint, fields[2], kind, int(user or 0))
     return found
 
 
@@ -80,7 +83,7 @@ def clear_stale(mountpoint: str) -> bool:
     mounted = mounted_at(mountpoint)
     if mounted is None or mounted.fs_type != FS_TYPE:
         return False
-    answer = run_in_child(lambda: _stat(mountpoint), timeout_s=ANSWER_TIMEOUT_S)
+    answer = run_in_child(lambda: ask(mounted), timeout_s=ANSWER_TIMEOUT_S)
     if answer != errno.ENOTCONN:
         how = "but does not answer" if answer == NO_ANSWER else "and answers"
         raise Refused(
@@ -91,8 +94,11 @@ def clear_stale(mountpoint: str) -> bool:
     return True
 
 
-def _stat(path: str) -> None:
-    os.stat(path)
+def ask(mounted: Mounted) -> None:
+    """Make one request that no cache of the kernel answers.  In a child: it may block."""
+    if os.geteuid() == 0 and mounted.uid != 0:
+        os.setuid(mounted.uid)
+    os.statvfs(mounted.mountpoint)
 
 
 def check_mountpoint(mountpoint: str) -> None:

@@ -8,6 +8,8 @@ stalled   a file of 1 GiB of which no byte ever comes
 crash     a file whose first read kills the daemon
 names/    directories whose names live in SQLite; mkdir, rmdir, rename work there,
           exactly once, by operation numbers as DESIGN describes
+names/wait  a name whose lookup the first daemon never answers, while it tells the kernel to
+          forget another name of that directory: its thread is stuck in the kernel then
 """
 
 import argparse
@@ -25,8 +27,9 @@ import pyfuse3
 import trio
 
 from stagefs.errors import StageFSError
-from stagefs.fuse.operations_log import OperationNumber, SharedMemory
-from stagefs.fuse.session import DeviceOperations, Handoff, Invalidation, serve
+from stagefs.fuse.operations_log import NameBefore, OperationNumber, SharedMemory
+from stagefs.fuse.session import DeviceOperations, ForgetName, Handoff, Invalidation, serve
+from stagefs.model import Inode
 
 Change = Callable[[], int]
 ROOT, BIG, AGAIN, STALLED, CRASH, NAMES = 1, 2, 3, 4, 5, 6
@@ -40,9 +43,17 @@ CREATE TABLE IF NOT EXISTS applied (operation INTEGER PRIMARY KEY, inode INTEGER
 
 
 class TinyOperations(DeviceOperations):
-    def __init__(self, handoff: Handoff, memory: SharedMemory, big: Path, state: Path) -> None:
+    def __init__(
+        self,
+        handoff: Handoff,
+        memory: SharedMemory,
+        big: Path,
+        state: Path,
+        news: trio.MemorySendChannel[Invalidation],
+    ) -> None:
         super().__init__(handoff)
         self._memory = memory
+        self._news = news
         self._big = os.open(big, os.O_RDONLY)
         self._size = big.stat().st_size
         self._rows = sqlite3.connect(state / "names.sqlite", isolation_level=None)
@@ -76,6 +87,16 @@ class TinyOperations(DeviceOperations):
         self._memory.count_answer()
         if parent_inode == ROOT and name in FIXED:
             return self._attributes(FIXED[name])
+        if name == b"wait" and self._memory.generation == 0:
+            self._news.send_nowait(ForgetName(Inode(NAMES), b"another"))
+            await trio.sleep_forever()
+        if self._memory.notes.expects_walks:
+            repeated = self._memory.notes.repeated_lookup(ctx.pid, Inode(parent_inode), name)
+            inode = self._applied(repeated[0]) if repeated else None
+            if repeated and inode is not None:
+                if not repeated[1]:
+                    raise pyfuse3.FUSEError(errno.ENOENT)
+                return self._attributes(inode)
         return self._attributes(self._inode(parent_inode, name))
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -108,7 +129,8 @@ class TinyOperations(DeviceOperations):
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         def change() -> int:
-            row = self._rows.execute("SELECT max(inode) FROM names").fetchone()
+            # Never a number that was used before: the kernel may still know the old directory.
+            row = self._rows.execute("SELECT max(inode) FROM applied").fetchone()
             inode = max(int(row[0] or 0) + 1, FIRST_FREE)
             try:
                 self._rows.execute(
@@ -118,7 +140,10 @@ class TinyOperations(DeviceOperations):
                 raise pyfuse3.FUSEError(errno.EEXIST) from None
             return inode
 
-        return self._attributes(self._once(ctx.pid, f"mkdir {parent_inode} {name!r}", change))
+        names = [NameBefore(Inode(parent_inode), name, present=False)]
+        return self._attributes(
+            self._once(ctx.pid, f"mkdir {parent_inode} {name!r}", names, change)
+        )
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         def change() -> int:
@@ -128,7 +153,8 @@ class TinyOperations(DeviceOperations):
             )
             return inode
 
-        self._once(ctx.pid, f"rmdir {parent_inode} {name!r}", change)
+        names = [NameBefore(Inode(parent_inode), name, present=True)]
+        self._once(ctx.pid, f"rmdir {parent_inode} {name!r}", names, change)
 
     async def rename(
         self,
@@ -148,20 +174,28 @@ class TinyOperations(DeviceOperations):
             return inode
 
         what = f"rename {parent_inode_old} {name_old!r} {parent_inode_new} {name_new!r}"
-        self._once(ctx.pid, what, change)
+        names = [
+            NameBefore(Inode(parent_inode_old), name_old, present=True),
+            NameBefore(Inode(parent_inode_new), name_new, present=False),
+        ]
+        self._once(ctx.pid, what, names, change)
 
-    def _once(self, thread: int, what: str, change: Change) -> int:
+    def _applied(self, number: OperationNumber) -> int | None:
+        row = self._rows.execute(
+            "SELECT inode FROM applied WHERE operation = ?", (number,)
+        ).fetchone()
+        return None if row is None else int(row[0])
+
+    def _once(self, thread: int, what: str, names: list[NameBefore], change: Change) -> int:
         notes = self._memory.notes
         digest = hashlib.blake2b(what.encode(), digest_size=16).digest()
         before = notes.resent(thread, digest)
         if before is not None:
-            row = self._rows.execute(
-                "SELECT inode FROM applied WHERE operation = ?", (before,)
-            ).fetchone()
-            if row is not None:
+            inode = self._applied(before)
+            if inode is not None:
                 notes.finish(thread)
-                return int(row[0])
-        number = notes.begin(thread, digest)
+                return inode
+        number = notes.begin(thread, digest, names)
         try:
             return self._transaction(number, change)
         finally:
@@ -183,8 +217,8 @@ class TinyOperations(DeviceOperations):
 async def run(handoff: Handoff, arguments: argparse.Namespace) -> None:
     token = trio.lowlevel.current_trio_token()
     memory = SharedMemory(handoff.memory, call_soon=token.run_sync_soon)
-    operations = TinyOperations(handoff, memory, arguments.big, arguments.state)
     send, receive = trio.open_memory_channel[Invalidation](10)
+    operations = TinyOperations(handoff, memory, arguments.big, arguments.state, send)
     stop = trio.Event()
     async with trio.open_nursery() as nursery, send:
         nursery.start_soon(stop_at_sigterm, stop)
