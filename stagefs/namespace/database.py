@@ -13,6 +13,8 @@ import fcntl
 import os
 import sqlite3
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -50,26 +52,38 @@ def open_database(path: Path) -> sqlite3.Connection:
     Raises NewerFormat, UnsuitableState.  A file that is not ours is left as it is.
     """
     try:
-        _make_file(path)
-        if path.stat().st_size:
-            _check_header(path)
+        if not path.is_symlink() and (not path.exists() or not path.stat().st_size):
+            _make(path)
+        _check_file(path)
         connection = connect(path)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            _check_content(connection, path)
+        except (sqlite3.Error, UnsuitableState):
+            connection.close()
+            raise
     except OSError as exc:
         raise UnsuitableState(
             f"The namespace {path} cannot be opened ({exc.strerror}): mend its permissions."
         ) from exc
-    try:
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-            connection.executescript(files(__package__).joinpath("schema.sql").read_text("utf-8"))
-        connection.execute("PRAGMA journal_mode = WAL")
-        _check_content(connection, path)
     except sqlite3.Error as exc:
-        connection.close()
         raise _damaged(path, str(exc)) from exc
-    except UnsuitableState:
-        connection.close()
-        raise
     return connection
+
+
+def _make(path: Path) -> None:
+    """Under another name first: the file appears only when it has everything."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    new.with_name(new.name + "-journal").unlink(missing_ok=True)
+    # SQLite gives its log and index the mode of the file.
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(new, isolation_level=None)
+    try:
+        connection.executescript(files(__package__).joinpath("schema.sql").read_text("utf-8"))
+    finally:
+        connection.close()
+    new.rename(path)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -86,6 +100,18 @@ def connect(path: Path) -> sqlite3.Connection:
     ):
         connection.execute(f"PRAGMA {pragma}")
     return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Committed at the end, undone by any exception."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def checkpoint(path: Path) -> bool:
@@ -122,25 +148,17 @@ def move_log(connection: sqlite3.Connection) -> bool:
     return True
 
 
-def _make_file(path: Path) -> None:
-    """SQLite gives its log and index the mode of the file."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        status = os.fstat(fd)
-    finally:
-        os.close(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise UnsuitableState(f"The namespace {path} is not a file: name another state directory.")
-
-
-def _check_header(path: Path) -> None:
+def _check_file(path: Path) -> None:
     """Look before SQLite does: opening a file would already recover its log."""
-    with path.open("rb") as file:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _damaged(path, "it is not a file")
         header = file.read(100)
     if header[:16] != _MAGIC or len(header) < 100:
         raise _damaged(path, "it is not an SQLite file")
     version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
-    if application not in (0, APPLICATION_ID) or (version and not application):
+    if application != APPLICATION_ID:
         raise _damaged(path, "it belongs to another program")
     if version > FORMAT_VERSION:
         raise NewerFormat(

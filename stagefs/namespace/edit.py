@@ -119,7 +119,7 @@ class Edit:
         if directory.lower:
             self._clear_stale(directory, name)
         entry = overlay.find(self.rows, directory, name)
-        if entry is None or entry.own or entry.node.kind is not NodeKind.DIRECTORY:
+        if entry is None or not overlay.needs_node(entry):
             return entry
         return self.show(directory, name)
 
@@ -144,7 +144,7 @@ class Edit:
     def show(self, directory: Node, name: bytes) -> Entry | None:
         """Give a subdirectory of the lower directory its node here; None when it would loop."""
         entry = overlay.find(self.rows, directory, name)
-        if entry is None or entry.own or entry.node.kind is not NodeKind.DIRECTORY:
+        if entry is None or not overlay.needs_node(entry):
             return entry
         below = self.node(directory.lower)
         if below.lower:
@@ -166,6 +166,17 @@ class Edit:
         self.put_name(directory.inode, name, inode, place=entry.place, flags=SHOWN)
         self._shown.append((directory.inode, decoded_name(name), inode))
         return Entry(self.node(inode), entry.place, own=True, counted=False, flags=SHOWN)
+
+    def show_all(
+        self, directory: Node, found: Sequence[tuple[int, bytes, Entry]]
+    ) -> list[tuple[int, bytes, Entry]]:
+        """A page of an overlay directory, with a node for each subdirectory."""
+        shown = []
+        for place, name, entry in found:
+            kept = self.show(directory, name) if overlay.needs_node(entry) else entry
+            if kept is not None:
+                shown.append((place, name, kept))
+        return shown
 
     def _clear_stale(self, directory: Node, name: bytes) -> None:
         """Forget a SHOWN directory whose lower one is gone or another one now.  Nothing below it
@@ -198,14 +209,15 @@ class Edit:
         )  # fmt: skip
 
     def new_symlink(self, target: bytes) -> Inode:
+        """With the one link that ``attach_new`` gives it."""
         return self._insert(
-            NodeKind.SYMLINK, 0o777, len(target), self.now_ns, self.now_ns, 0, 0, 0, 0, 0.0,
+            NodeKind.SYMLINK, 0o777, len(target), self.now_ns, self.now_ns, 1, 0, 0, 0, 0.0,
             None, None, None, None, target, None,
         )  # fmt: skip
 
-    def new_file(self, staged: StagedObject) -> Inode:
-        """A file node without a name yet."""
-        return self._insert(*self._file_values(staged, nlink=0))
+    def new_file(self, staged: StagedObject, *, nlink: int = 0) -> Inode:
+        """``nlink`` 1 for ``attach_new``, 0 for what else gives it its name."""
+        return self._insert(*self._file_values(staged, nlink=nlink))
 
     def _file_values(self, staged: StagedObject, *, nlink: int) -> tuple[SqlValue, ...]:
         return (
@@ -293,12 +305,10 @@ class Edit:
     def attach_new(
         self, directory: Node, name: bytes, inode: Inode, kind: NodeKind, *, flags: int = 0
     ) -> None:
-        """As ``attach`` for a node just made.  Its ``nlink`` is set by this for files."""
+        """As ``attach`` for a node just made, which counts this link already."""
         self.keep(directory.inode)
         flags |= self._hidden_flags(directory, name)
         self.put_name(directory.inode, name, inode, place=self.next_place(), flags=flags)
-        if kind is not NodeKind.DIRECTORY:
-            self.add_links(inode, 1)
         self._changed(directory, subdirectories=1 if kind is NodeKind.DIRECTORY else 0)
 
     def _hidden_flags(self, directory: Node, name: bytes) -> int:

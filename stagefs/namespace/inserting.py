@@ -16,7 +16,7 @@ import msgspec
 from stagefs.errors import InvalidCatalog, NotADirectory, ReadOnly, StageFSError
 from stagefs.model import ROOT_INODE, Inode
 from stagefs.namespace.catalog import declared_version
-from stagefs.namespace.database import Turn, connect, move_log, open_database
+from stagefs.namespace.database import Turn, connect, move_log, open_database, transaction
 from stagefs.namespace.edit import PLACE_BITS, Edit
 from stagefs.namespace.node import Node, NodeKind, decoded_name, encoded_name
 from stagefs.namespace.rows import FOUND, KEPT, Rows, fingerprint
@@ -193,22 +193,18 @@ class Inserter:
 
     def _insert(self, batch: list[Row]) -> None:
         self._turn.step_back()
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
-            edit = Edit(self._connection, time.time_ns())
-            if self._next_place >> PLACE_BITS != self._sequence or not self._sequence:
-                self._log(edit)
-            if not batch:
-                self._place(edit, 0)
-            self._insert_rows(edit, batch)
-            self._connection.execute("COMMIT")
+            with transaction(self._connection):
+                edit = Edit(self._connection, time.time_ns())
+                if self._next_place >> PLACE_BITS != self._sequence or not self._sequence:
+                    self._log(edit)
+                if not batch:
+                    self._place(edit, 0)
+                self._insert_rows(edit, batch)
         except sqlite3.IntegrityError as exc:
             raise InvalidCatalog(
                 "A name of the catalog was made by somebody else during the import: run it again."
             ) from exc
-        finally:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
 
     def _log(self, edit: Edit) -> None:
         self._sequence = edit.sequence

@@ -137,13 +137,26 @@ def _not_hidden(
                 yield place, name, Entry(entry.node, place, own=False, counted=counted)
 
 
+def needs_node(entry: Entry) -> bool:
+    """Whether it is another place's directory, which still has to get a node here."""
+    return not entry.own and entry.node.kind is NodeKind.DIRECTORY
+
+
 def is_empty(rows: Rows, directory: Node) -> bool:
     if not directory.lower:
         # A row with inode 0 joins no node.
         return not rows.page(directory.inode, 0, 1)
-    for _, _, entry in view(rows, directory, 0):
-        if entry.own or entry.node.kind is not NodeKind.DIRECTORY:
+    return all(
+        needs_node(entry) and _left_out(rows, directory, name, entry.node)
+        for _, name, entry in view(rows, directory, 0)
+    )
+
+
+def _left_out(rows: Rows, directory: Node, name: bytes, shown: Node) -> bool:
+    """Whether showing it would loop, here or in the directory that it is shown from."""
+    while not loops(rows, directory.inode, shown.inode):
+        lower = rows.node(directory.lower)
+        if lower is None or not lower.lower or rows.own(lower.inode, name) is not None:
             return False
-        if not loops(rows, directory.inode, entry.node.inode):
-            return False
+        directory = lower
     return True

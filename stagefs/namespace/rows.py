@@ -12,7 +12,7 @@ from zlib import crc32
 import msgspec
 
 from stagefs.model import ROOT_INODE, Checksum, ChecksumKind, Inode, ObjectId
-from stagefs.namespace.node import Node, NodeKind, decoded_name
+from stagefs.namespace.node import Node, NodeKind, Statistics, decoded_name
 
 # nodes.flags
 WHOLE_ONLY, COUNTED, FROZEN = 1, 2, 4
@@ -207,7 +207,23 @@ class Rows:
 
     def overlays(self, inode: int) -> list[Inode]:
         """All directories that show this one, at first hand or through another."""
+        if self.one("SELECT 1 FROM nodes WHERE lower = ? AND lower > 0 LIMIT 1", inode) is None:
+            return []
         return self.column(_OVERLAYS, inode)
+
+    def statistics(self) -> Statistics:
+        nodes, sizes = {}, {}
+        for kind, count, size_bytes in self._run(
+            "SELECT kind, nodes, size_bytes FROM counters"
+        ).fetchall():
+            nodes[kind], sizes[kind] = count, size_bytes
+        return Statistics(
+            directories=nodes[NodeKind.DIRECTORY],
+            files=nodes[NodeKind.FILE],
+            symlinks=nodes[NodeKind.SYMLINK],
+            size_bytes=sizes[NodeKind.FILE],
+            changes=self.one("SELECT max(sequence) FROM changes") or 0,
+        )
 
     def path(self, inode: Inode) -> str:
         """For messages: one of the paths that lead to an inode, from the mount's root."""

@@ -17,6 +17,7 @@ NoSpace when the disk fails.  Names are ``str`` with surrogateescape; InvalidNam
 NameTooLong for those that can be none.
 """
 
+import itertools
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,15 @@ from pathlib import Path
 from stagefs.errors import NotADirectory, NotFound
 from stagefs.model import ROOT_INODE, Inode, ListedEntry
 from stagefs.namespace import bound, names, overlay, removal, templates, versions
-from stagefs.namespace.database import Turn, checkpoint, open_database, translated
+from stagefs.namespace.database import (
+    Turn,
+    checkpoint,
+    open_database,
+    transaction,
+    translated,
+)
 from stagefs.namespace.edit import Edit
+from stagefs.namespace.known import KNOWN_MAX, Known
 from stagefs.namespace.node import (
     Node,
     NodeKind,
@@ -37,9 +45,6 @@ from stagefs.namespace.node import (
     encoded_name,
 )
 from stagefs.namespace.rows import Rows
-
-KNOWN_MAX = 40_000
-PATH_CHARACTERS_MAX = 1 << 16
 
 
 class Namespace:
@@ -56,10 +61,7 @@ class Namespace:
         self._rows = Rows(connection)
         self._turn = Turn(path)
         self._clock_ns = clock_ns
-        self._known_max = known_max
-        self._nodes: dict[int, Node] = {}
-        self._names: dict[int, dict[str, int]] = {}
-        self._names_count = 0
+        self._known = Known(known_max)
         # Rises with every change that this process knows of.
         self.edits = 0
         self._data_version = self._rows.one("PRAGMA data_version")
@@ -89,32 +91,30 @@ class Namespace:
 
     def refresh(self) -> None:
         self.edits += 1
-        self._nodes.clear()
-        self._names.clear()
-        self._names_count = 0
+        self._known.clear()
 
     # Looking
 
     def lookup(self, parent: Inode, name: str) -> Node:
         """Raises NotFound, NotADirectory."""
-        known = self._names.get(parent)
-        if known is not None:
-            inode = known.get(name)
+        names = self._known.names.get(parent)
+        if names is not None:
+            inode = names.get(name)
             if inode is not None:
-                node = self._nodes.get(inode)
+                node = self._known.nodes.get(inode)
                 if node is not None:
                     return node
         return self._find(parent, name)
 
     def node(self, inode: Inode) -> Node:
         """Raises NotFound.  An inode without names is there until ``drop_unlinked``."""
-        node = self._nodes.get(inode)
+        node = self._known.nodes.get(inode)
         if node is None:
             with self._reading():
                 node = self._rows.node(inode)
             if node is None:
                 raise NotFound(f"There is no inode {inode} in the namespace.")
-            self._remember(node)
+            self._known.add_node(node)
         return node
 
     def page(self, directory: Inode, after: int, limit: int) -> list[tuple[int, str, Node]]:
@@ -133,7 +133,10 @@ class Namespace:
         """A directory that has the inode (a file may have several); the root's is the root."""
         if inode == ROOT_INODE:
             return ROOT_INODE
-        return self._name_of(inode)[0]
+        place = self.place(inode)
+        if place is None:
+            raise NotFound(f"The inode {inode} has no name.")
+        return place[0]
 
     def place(self, inode: Inode) -> tuple[Inode, int] | None:
         """(directory, cookie) of one name of the inode."""
@@ -141,21 +144,10 @@ class Namespace:
             above = self._rows.name_of(inode)
         return None if above is None else (above[0], above[2])
 
-    def names(self, inode: Inode) -> list[tuple[Inode, str]]:
-        """Every (directory, name) of the inode, without those that overlays show."""
-        with self._reading():
-            return [(parent, decoded_name(name)) for parent, name in self._rows.names_of(inode)]
-
     def overlays(self, directory: Inode) -> list[Inode]:
         """Directories that show this one: a name that changes here changes there."""
         with self._reading():
             return self._rows.overlays(directory)
-
-    def is_hidden(self, directory: Inode, name: str) -> bool:
-        """Whether a user removed a name that the remote, or the directory below, has."""
-        with self._reading():
-            own = self._rows.own(directory, encoded_name(name))
-        return own is not None and own.node is None
 
     def path(self, inode: Inode) -> str:
         """One of the paths that lead to the inode, for messages: ``/staging/a/b``."""
@@ -164,8 +156,6 @@ class Namespace:
 
     def resolve(self, path: str) -> Node:
         """``a/b/c`` from the root; symbolic links are not followed.  Raises as ``lookup``."""
-        if len(path) > PATH_CHARACTERS_MAX:
-            raise NotFound(f"There is no {path[:80]!r}...: the path is too long.")
         node = self.node(ROOT_INODE)
         for part in path.split("/"):
             if part:
@@ -190,18 +180,7 @@ class Namespace:
 
     def statistics(self) -> Statistics:
         with self._reading():
-            counters = self._connection.execute("SELECT kind, nodes, size_bytes FROM counters")
-            nodes, sizes = {}, {}
-            for kind, count, size_bytes in counters.fetchall():
-                nodes[kind], sizes[kind] = count, size_bytes
-            changes = self._rows.one("SELECT max(sequence) FROM changes")
-        return Statistics(
-            directories=nodes[NodeKind.DIRECTORY],
-            files=nodes[NodeKind.FILE],
-            symlinks=nodes[NodeKind.SYMLINK],
-            size_bytes=sizes[NodeKind.FILE],
-            changes=changes or 0,
-        )
+            return self._rows.statistics()
 
     # Changing names
 
@@ -441,58 +420,34 @@ class Namespace:
             raise NotADirectory(f"{self.path(inode)} is not a directory.")
         return node
 
-    def _name_of(self, inode: Inode) -> tuple[Inode, bytes, int, int]:
-        with self._reading():
-            above = self._rows.name_of(inode)
-        if above is None:
-            raise NotFound(f"The inode {inode} has no name.")
-        return above
-
     def _find(self, parent: Inode, name: str) -> Node:
         directory = self._directory(parent)
         encoded = encoded_name(name)
         with self._reading():
             entry = overlay.find(self._rows, directory, encoded)
-        if entry is not None and not entry.own and entry.node.kind is NodeKind.DIRECTORY:
+        if entry is not None and overlay.needs_node(entry):
             with self._change("show", None) as edit:
                 entry = edit.show(directory, encoded)
                 edit.log(parent if entry is None else entry.node.inode)
         if entry is None:
             raise NotFound(f"There is no {name!r} in {self.path(parent)}.")
-        self._remember(entry.node)
-        self._remember_name(parent, name, entry.node.inode)
+        self._known.add_node(entry.node)
+        self._known.add_name(parent, name, entry.node.inode)
         return entry.node
 
     def _overlay_page(self, directory: Node, after: int, limit: int) -> list[tuple[int, str, Node]]:
-        page: list[tuple[int, str, Node]] = []
         while True:
-            found: list[tuple[int, bytes, overlay.Entry]] = []
-            for place, name, entry in overlay.view(self._rows, directory, after):
-                found.append((place, name, entry))
-                if len(found) == limit:
-                    break
-            for place, name, entry in self._shown(directory, found):
-                page.append((place, decoded_name(name), entry.node))
+            found = list(itertools.islice(overlay.view(self._rows, directory, after), limit))
+            if any(overlay.needs_node(entry) for _place, _name, entry in found):
+                with self._change("show", None) as edit:
+                    shown = edit.show_all(directory, found)
+                    edit.log(directory.inode)
+            else:
+                shown = found
             # Left out were entries that would show a directory below itself.
-            if page or not found:
-                return page
+            if shown or not found:
+                return [(place, decoded_name(name), entry.node) for place, name, entry in shown]
             after = found[-1][0]
-
-    def _shown(
-        self, directory: Node, found: list[tuple[int, bytes, overlay.Entry]]
-    ) -> list[tuple[int, bytes, overlay.Entry]]:
-        if all(entry.own or entry.node.kind is not NodeKind.DIRECTORY for _, _, entry in found):
-            return found
-        shown: list[tuple[int, bytes, overlay.Entry]] = []
-        with self._change("show", None) as edit:
-            for place, name, entry in found:
-                kept: overlay.Entry | None = entry
-                if not entry.own and entry.node.kind is NodeKind.DIRECTORY:
-                    kept = edit.show(directory, name)
-                if kept is not None:
-                    shown.append((place, name, kept))
-            edit.log(directory.inode)
-        return shown
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -511,18 +466,13 @@ class Namespace:
     def _transaction(self) -> Iterator[Edit]:
         self._turn.take()
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._connection):
                 version = self._rows.one("PRAGMA data_version")
                 if version != self._data_version:
                     self._data_version = version
                     self.refresh()
                 edit = Edit(self._connection, self._clock_ns())
                 yield edit
-                self._connection.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
             self._forget(edit)
         except sqlite3.Error as exc:
             raise translated(exc, self._path) from exc
@@ -531,36 +481,20 @@ class Namespace:
 
     def _forget(self, edit: Edit) -> None:
         self.edits += 1
+        known = self._known
         for inode in edit.nodes_changed:
-            self._nodes.pop(inode, None)
+            known.nodes.pop(inode, None)
         for emptied in edit.emptied:
             for directory in (emptied, *self._rows.overlays(emptied)):
-                self._names.pop(directory, None)
+                known.names.pop(directory, None)
         overlays: dict[Inode, list[Inode]] = {}
         for parent, name in edit.names_changed:
             if parent not in overlays:
                 overlays[parent] = [parent, *self._rows.overlays(parent)]
             for directory in overlays[parent]:
-                known = self._names.get(directory)
-                if known is not None:
-                    known.pop(name, None)
+                known.forget_name(directory, name)
 
     def _named(self, parent: Inode, name: str, inode: Inode) -> Node:
         node = self.node(inode)
-        self._remember_name(parent, name, inode)
+        self._known.add_name(parent, name, inode)
         return node
-
-    def _remember(self, node: Node) -> None:
-        if len(self._nodes) >= self._known_max:
-            self._nodes.clear()
-        self._nodes[node.inode] = node
-
-    def _remember_name(self, parent: Inode, name: str, inode: Inode) -> None:
-        if self._names_count >= self._known_max:
-            self._names.clear()
-            self._names_count = 0
-        known = self._names.get(parent)
-        if known is None:
-            known = self._names[parent] = {}
-        known[name] = inode
-        self._names_count += 1

@@ -43,7 +43,7 @@ def register_many(edit: Edit, wanted: Sequence[tuple[Inode, str, StagedObject]])
 def _register(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode:
     directory = edit.directory(parent)
     encoded = edit.free_name(directory, name)
-    inode = edit.new_file(staged)
+    inode = edit.new_file(staged, nlink=1)
     edit.attach_new(directory, encoded, inode, NodeKind.FILE)
     return inode
 

@@ -87,7 +87,6 @@ def test_what_a_user_removed_stays_away(namespace: Namespace, bound: Inode) -> N
     namespace.remove_tree(bound, "sub")
     assert merge(namespace, bound, file("a"), directory("sub")) == set()
     assert paths(namespace, bound) == []
-    assert namespace.is_hidden(bound, "a")
     with pytest.raises(NotFound):
         namespace.add_found(bound, "a", staged("a"))
 

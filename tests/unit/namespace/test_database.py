@@ -73,6 +73,15 @@ def test_a_symbolic_link_is_not_followed(database: Path) -> None:
     assert not database.with_name("elsewhere").exists()
 
 
+def test_what_was_left_of_a_making_that_was_cut_short_is_no_obstacle(database: Path) -> None:
+    database.with_name(database.name + ".new").write_bytes(b"half")
+    Namespace.open(database).close()
+    assert {file.name for file in database.parent.iterdir()} == {
+        "namespace.db",
+        "namespace.db-turn",
+    }
+
+
 def test_an_empty_file_becomes_a_namespace(database: Path) -> None:
     database.touch()
     namespace = Namespace.open(database)

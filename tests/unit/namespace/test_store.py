@@ -301,7 +301,6 @@ def test_paths_for_messages(namespace: Namespace) -> None:
     directory = namespace.make_directory(STAGING_INODE, "a")
     file = namespace.register(directory.inode, "b", staged())
     assert namespace.path(file.inode) == "/staging/a/b"
-    assert namespace.names(file.inode) == [(directory.inode, "b")]
     assert namespace.parent(file.inode) == directory.inode
     assert namespace.parent(ROOT_INODE) == ROOT_INODE
     place = namespace.place(file.inode)
