@@ -66,10 +66,24 @@ class StageFS:
 
     def begin_fetch(self, urls: Sequence[str], directory: str) -> subprocess.Popen[bytes]:
         """Register the URLs in a directory and fetch them; ending the command ends the fetch."""
-        return self._bench.start(
-            *("stagefs", "stage-in", "--wait", *urls, f"staging:///{directory}"),
-            environment=self._environment,
-        )
+        with (self.top / "fetch.log").open("wb") as said:
+            return self._bench.start(
+                *("stagefs", "stage-in", "--wait", *urls, f"staging:///{directory}"),
+                environment=self._environment,
+                errors=said,
+            )
+
+    def fetch_words(self) -> str:
+        """What the last ``begin_fetch`` complained of."""
+        return (self.top / "fetch.log").read_text(errors="replace")[-300:].strip()
+
+    def keep_only(self, name: str) -> None:
+        """Pin this name, and drop all else from the cache."""
+        self._tend("pin", f"staging:///{name}")
+        self._tend("evict", "--all")
+
+    def _tend(self, *words: str) -> None:
+        self._bench.run("stagefs-cache", *words, environment=self._environment)
 
     def counter(self, name: str) -> int:
         return int(self.status()["counters"][name])

@@ -26,8 +26,8 @@ DD, SHA = "dd", "sha256sum"
 BUSY_SETTLE_S = 0.8
 # Fewer would be imported before the read that goes on beside it has ended.
 IMPORT_ENTRIES_MIN = 200_000
-# So much is there to fetch beside the read.
-OTHER_FILES_MIN, OTHER_BYTES_MIN = 4, 512 << 20
+# So much is there to fetch beside the read: more than can arrive while it lasts.
+OTHER_FILES_MIN, OTHER_BYTES_MIN = 48, 8 << 30
 IMPORT_TIMEOUT_S = 600.0
 
 
@@ -154,6 +154,7 @@ def during_fetch(lab: Lab) -> Measured:
     numbers = itertools.count()
     files = max(OTHER_FILES_MIN, OTHER_BYTES_MIN // lab.servers.size_bytes)
     with _fetched(lab) as (ours, staged):
+        ours.keep_only(staged.name)
 
         @contextlib.contextmanager
         def fetching() -> Iterator[subprocess.Popen[bytes]]:
@@ -165,10 +166,11 @@ def during_fetch(lab: Lab) -> Measured:
             try:
                 wait_until(lambda: ours.counter("fetched_bytes") > before, "another file's fetch")
                 yield child
-                _insist_running(child)
+                _insist_running(child, ours.fetch_words())
             finally:
                 end(child)
                 wait_until(lambda: ours.counter("in_flight_bytes") == 0, "the end of the fetch")
+                ours.keep_only(staged.name)
 
         return _beside(lab, staged, fetching, "another file's cold fetch")
 
@@ -179,9 +181,11 @@ def _settle() -> None:
     wait_until(lambda: time.monotonic() - begun > BUSY_SETTLE_S, "a moment")
 
 
-def _insist_running(child: subprocess.Popen[bytes]) -> None:
+def _insist_running(child: subprocess.Popen[bytes], words: str = "") -> None:
     if child.poll() is not None:
-        raise MeasureFailed("what was to go on beside the read had ended before it")
+        raise MeasureFailed(
+            f"what was to go on beside the read ended first (status {child.returncode}) {words}"
+        )
 
 
 def _beside(lab: Lab, staged: Path, busy: Busy, what: str) -> Measured:
