@@ -56,6 +56,7 @@ UNLINKED_ROUNDS_MAX = 50
 SWITCH_INTERVAL_S = 50e-6
 OPEN_FILES_MAX = 1 << 20
 INVALIDATIONS_MAX = 100_000
+SETTLE_TIMEOUT_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -340,6 +341,15 @@ class Invalidations:
 
     def inode(self, inode: Inode) -> None:
         self._send(session.ForgetAttributes(inode))
+
+    async def settled(self) -> None:
+        """Return when the kernel has forgotten what it was told to so far, so that whoever gets
+        an answer of the API now sees its effect in the mount.  A kernel that is busy with the
+        same directory is not waited for longer than SETTLE_TIMEOUT_S."""
+        event = trio.Event()
+        self._send(session.Settled(event))
+        with trio.move_on_after(SETTLE_TIMEOUT_S):
+            await event.wait()
 
     def _send(self, value: session.Invalidation) -> None:
         try:

@@ -75,7 +75,13 @@ class ForgetName(NamedTuple):
     name: bytes
 
 
-Invalidation = ForgetAttributes | ForgetName
+class Settled(NamedTuple):
+    """Not for the kernel: ``event`` is set when all that was sent before has been told."""
+
+    event: trio.Event
+
+
+Invalidation = ForgetAttributes | ForgetName | Settled
 
 
 @dataclass
@@ -212,6 +218,9 @@ class _NewsForKernel:
 
     async def carry_out(self, invalidations: trio.MemoryReceiveChannel[Invalidation]) -> None:
         async for value in invalidations:
+            if isinstance(value, Settled):
+                value.event.set()
+                continue
             async with self._turn:
                 if not self._armed:
                     return
@@ -224,7 +233,7 @@ class _NewsForKernel:
             async with self._turn:
                 pass
 
-    def _tell(self, value: Invalidation) -> None:
+    def _tell(self, value: ForgetAttributes | ForgetName) -> None:
         try:
             if isinstance(value, ForgetName):
                 pyfuse3.invalidate_entry(value.parent, value.name)

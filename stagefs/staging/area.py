@@ -6,7 +6,9 @@ and adds what concerns the whole.  No policy of its own.  Trio thread.
 
 import os
 import time
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -26,6 +28,8 @@ from stagefs.staging.values import ProgressCallback
 from stagefs.vfs.bindings import Bindings
 
 DATABASE_NAME = "namespace.sqlite"
+
+_Answer = TypeVar("_Answer")
 
 
 class StagingArea:
@@ -113,13 +117,19 @@ class StagingArea:
 
     # Names
 
+    async def _settled(self, change: Awaitable[_Answer]) -> _Answer:
+        """Who gets the answer of a change sees the change in the mount, too."""
+        answer = await change
+        await self._invalidations.settled()
+        return answer
+
     async def stage_in(
         self, request: values.StageIn, progress: ProgressCallback
     ) -> values.StagedIn:
-        return await self._names.stage_in(request, progress)
+        return await self._settled(self._names.stage_in(request, progress))
 
     async def bind(self, request: values.Bind) -> values.NameStat:
-        return await self._names.bind(request)
+        return await self._settled(self._names.bind(request))
 
     async def import_catalog(
         self, request: values.ImportCatalog, progress: ProgressCallback
@@ -145,6 +155,7 @@ class StagingArea:
             above = self._namespace.resolve("/".join(parts[:-1]))
             self._invalidations.entry(above.inode, parts[-1])
             self._invalidations.inode(above.inode)
+            await self._invalidations.settled()
 
     async def list_names(self, request: values.ListNames) -> values.NamePage:
         return await self._names.list_names(request)
@@ -155,17 +166,17 @@ class StagingArea:
     async def remove(
         self, request: values.RemoveName, _progress: ProgressCallback
     ) -> values.Removed:
-        return await self._names.remove(request)
+        return await self._settled(self._names.remove(request))
 
     async def move(self, request: values.MoveName) -> values.NameStat:
-        return await self._names.move(request)
+        return await self._settled(self._names.move(request))
 
     # Sandboxes
 
     async def sandbox_create(
         self, request: values.CreateSandbox, progress: ProgressCallback
     ) -> values.Sandbox:
-        return await self._names.sandbox_create(request, progress)
+        return await self._settled(self._names.sandbox_create(request, progress))
 
     async def sandbox_list(self, _request: values.Empty) -> values.Sandboxes:
         return await self._names.sandbox_list()
@@ -173,7 +184,7 @@ class StagingArea:
     async def sandbox_remove(
         self, request: values.OneSandbox, _progress: ProgressCallback
     ) -> values.Removed:
-        return await self._names.sandbox_remove(request)
+        return await self._settled(self._names.sandbox_remove(request))
 
     # The cache
 

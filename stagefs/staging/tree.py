@@ -30,6 +30,10 @@ class Invalidations(Protocol):
 
     def inode(self, inode: Inode) -> None: ...
 
+    async def settled(self) -> None:
+        """Return when the kernel knows all of it, or does not answer."""
+        ...
+
 
 class Place(msgspec.Struct, frozen=True):
     """A path taken apart.  ``is_directory``: it ended with a slash."""

@@ -35,6 +35,9 @@ class Told:
     def inode(self, inode: Inode) -> None:
         self.inodes.append(inode)
 
+    async def settled(self) -> None:
+        """Nobody has to be waited for."""
+
 
 class Staging:
     """An area, and what a test looks at behind it."""
