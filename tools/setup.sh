@@ -51,6 +51,6 @@ fi
 say "installing StageFS and its development tools into .venv"
 # Dependency groups need pip 25.1; Debian 12 brings 23.0.
 .venv/bin/python -m pip --version | awk '{exit !($2+0 >= 25.1)}' ||
-  .venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet --editable . --group dev
+  .venv/bin/python -m pip install -qq --upgrade pip
+.venv/bin/python -m pip install -qq --editable . --group dev
 printf '%s\n' "$wanted" >"$stamp"
