@@ -51,6 +51,7 @@ import pyfuse3
 import trio
 
 from stagefs.errors import MountFailed
+from stagefs.fuse.turns import Turns
 from stagefs.model import Inode
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ async def serve(
     kernel, for the next daemon or for the unmount.
     """
     news = _NewsForKernel()
+    pyfuse3.trio = Turns()  # type: ignore[attr-defined]  # see turns
     pyfuse3.init(operations, f"/dev/fd/{handoff.session}", set())
     try:
         async with trio.open_nursery() as nursery:

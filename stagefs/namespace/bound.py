@@ -39,7 +39,7 @@ def bind(edit: Edit, parent: Inode, name: str, url: str, ttl_s: float, mode: int
 def merge_listing(
     edit: Edit, inode: Inode, entries: Sequence[ListedEntry], *, now_ns: int, default_mode: int
 ) -> list[str]:
-    """Make the FOUND names those of ``entries``; the names that lead elsewhere now.
+    """Make the FOUND names those of ``entries``; the known names that lead elsewhere now.
 
     A file without ``info`` stays as it was known, or is left out.  So are names that cannot be
     file names.
@@ -70,16 +70,15 @@ def merge_listing(
             continue
         if row is None and isinstance(found, StagedObject):
             new_files.append((name, found))
-        elif not _merge(edit, directory, name, row, found):
-            continue
-        changed.append(entry.name)
+        elif _merge(edit, directory, name, row, found) and row is not None:
+            changed.append(entry.name)
     edit.add_files(inode, new_files, FOUND)
     for name, row in known.items():
         if row.flags & (FOUND | KEPT) == FOUND:
             _vanish(edit, directory, name, row)
             changed.append(name.decode("utf-8", "surrogateescape"))
     edit.run("UPDATE nodes SET listed_ns = ? WHERE inode = ?", (now_ns, inode))
-    if changed:
+    if changed or new_files:
         edit.touch(inode)
     edit.nodes_changed.add(inode)
     edit.log(inode, listed_ns=now_ns, changed=len(changed))

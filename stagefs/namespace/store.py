@@ -394,7 +394,7 @@ class Namespace:
         now_ns: int,
         default_mode: int = 0o644,
     ) -> list[str]:
-        """The remote's listing as of ``now_ns``; the names that lead elsewhere now.
+        """The remote's listing as of ``now_ns``; the known names that lead elsewhere now.
 
         Raises NotFound, NotADirectory when the directory is gone or not bound.
         """

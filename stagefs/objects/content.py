@@ -10,12 +10,12 @@ Invariants (trio thread only, no await between check and use):
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import trio
 
-from stagefs.errors import ObjectChanged, StageFSError
+from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
 from stagefs.model import MIB, Checksum, Inode, ObjectId, Span
 from stagefs.namespace.node import Node
 from stagefs.objects.readahead import ReadAhead
@@ -65,7 +65,7 @@ class Content:
     __slots__ = (
         "changed", "checksum", "checksum_proved", "entry", "failures", "flight_count", "flights",
         "holds", "inode", "key", "object_id", "place", "preadv_flags", "ranges", "serving",
-        "shared", "size_bytes", "to_verify", "url", "validator", "waiting",
+        "shared", "size_bytes", "to_verify", "url", "validator", "waiting", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +90,8 @@ class Content:
         self.entry: ReadableEntry | None = None
         self.serving: ReadableEntry | None = None
         self.preadv_flags: int | None = None
+        # A small object that has arrived and is still being stored.
+        self.whole: bytes | None = None
         self.holds = 0
         # Where it lies, when it was fetched ahead of a task and no task has read it yet.
         self.place: tuple[Inode, int] | None = None
@@ -104,7 +106,7 @@ class Content:
 
     @property
     def idle(self) -> bool:
-        return not (self.holds or self.flights or self.waiting or self.shared)
+        return not (self.holds or self.flights or self.waiting or self.shared or self.whole)
 
     def chunks(self, span: Span) -> range:
         entry = self.entry
@@ -151,19 +153,34 @@ class Content:
 class Flight:
     """One fetch on its way: the sink that the remote writes through.
 
-    ``chunks`` are those it will bring; each is committed as soon as it is whole.
+    ``chunks`` are those it will bring; each is committed when it is whole, in a worker thread:
+    hashing takes time, and the file's lock is often held by those who write into it.
     """
 
-    __slots__ = ("_begun_at", "_content", "_counters", "_entry", "_next_chunk", "chunks", "span")
+    __slots__ = (
+        "_begin", "_begun_at", "_committed", "_content", "_counters", "_entry", "_failure",
+        "_idle", "_whole", "chunks", "span",
+    )  # fmt: skip
 
     def __init__(
-        self, content: Content, entry: ReadableEntry, chunks: range, counters: "Counters"
+        self,
+        content: Content,
+        entry: ReadableEntry,
+        chunks: range,
+        *,
+        counters: "Counters",
+        begin: Callable[[Callable[[], Awaitable[None]]], None],
     ) -> None:
+        """``begin`` starts a task that outlives the caller."""
         self._content = content
         self._entry = entry
         self._counters = counters
+        self._begin = begin
         self._begun_at = trio.current_time()
-        self._next_chunk = chunks.start
+        self._whole = self._committed = chunks.start
+        self._idle = trio.Event()
+        self._idle.set()
+        self._failure: CacheFailed | None = None
         self.chunks = chunks
         start = chunks.start << entry.chunk_shift
         stop = min(chunks.stop << entry.chunk_shift, content.size_bytes)
@@ -179,7 +196,7 @@ class Flight:
 
     @property
     def landed_bytes(self) -> int:
-        return (self._next_chunk << self._entry.chunk_shift) - self.span.start
+        return min((self._whole << self._entry.chunk_shift) - self.span.start, self.span.length)
 
     @property
     def fd(self) -> int:
@@ -190,27 +207,43 @@ class Flight:
         return -self._entry.base
 
     def landed(self, span: Span) -> None:
-        """Commit the chunks that became whole (see ``remote.base.Sink``).
-
-        Hashing here costs the event loop about 0.1 ms a mebibyte, less than handing it to a
-        thread and back does.
-        """
-        whole = span.stop >> self._entry.chunk_shift
-        if span.stop >= self.span.stop:
-            whole = self.chunks.stop
-        count = whole - self._next_chunk
+        """See ``remote.base.Sink``.  Raises CacheFailed when an earlier chunk could not be kept."""
+        if self._failure is not None:
+            raise self._failure
         self._counters.fetched_bytes += span.length
-        if count <= 0:
-            return
-        first, self._next_chunk = self._next_chunk, whole
-        flights = self._content.flights
-        # Chunks that were here before are none of ours: they may be evicted at this moment.
-        mine = [chunk for chunk in range(first, whole) if flights.get(chunk) is self]
-        for run in _runs(mine):
+        self._whole = span.stop >> self._entry.chunk_shift
+        if span.stop >= self.span.stop:
+            self._whole = self.chunks.stop
+        if self._whole > self._committed and self._idle.is_set():
+            self._idle = trio.Event()
+            self._begin(self._commit)
+
+    async def settled(self) -> None:
+        """Return when all that landed is committed.  Raises CacheFailed."""
+        await self._idle.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _commit(self) -> None:
+        try:
+            while self._committed < self._whole and self._failure is None:
+                first, self._committed = self._committed, self._whole
+                # Chunks that were here before are none of ours: they may just be evicted.
+                flights = self._content.flights
+                mine = [c for c in range(first, self._committed) if flights.get(c) is self]
+                await trio.to_thread.run_sync(self._commit_chunks, mine)
+                for chunk in mine:
+                    if flights.get(chunk) is self:
+                        del flights[chunk]
+                self._content.wake(mine)
+        except CacheFailed as error:
+            self._failure = error
+        finally:
+            self._idle.set()
+
+    def _commit_chunks(self, chunks: Sequence[int]) -> None:
+        for run in _runs(chunks):
             self._entry.commit(run.start, len(run))
-        for chunk in mine:
-            del flights[chunk]
-        self._content.wake(mine)
 
 
 def _runs(chunks: Sequence[int]) -> list[range]:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # A fetch that is decided brings at most this much: small enough that its tail is not far
 # behind, large enough that the request's own cost vanishes.
-SPAN_BYTES_MAX = 8 * MIB
+SPAN_BYTES_MAX = 16 * MIB
 
 
 class Fetcher:
@@ -118,7 +118,9 @@ class Fetcher:
     def _start(self, content: Content, chunks: range) -> None:
         entry = content.entry
         assert entry is not None
-        flight = Flight(content, entry, chunks, self._counters)
+        flight = Flight(
+            content, entry, chunks, counters=self._counters, begin=self._nursery.start_soon
+        )
         for chunk in chunks:
             if entry.state[chunk] == ABSENT:
                 content.flights[chunk] = flight
@@ -135,9 +137,13 @@ class Fetcher:
         try:
             async with self._room.for_bytes(flight.span.length):
                 self._counters.fetches += 1
-                await self._remote_for(content.url).fetch(
-                    content.url, flight.span, sink=flight, validator=content.validator
-                )
+                try:
+                    await self._remote_for(content.url).fetch(
+                        content.url, flight.span, sink=flight, validator=content.validator
+                    )
+                finally:
+                    # What has landed stays, also of a fetch that failed.
+                    await flight.settled()
         except StageFSError as failure:
             error = failure
         except Exception as failure:

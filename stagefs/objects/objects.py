@@ -132,6 +132,7 @@ class Objects:
                 counters=self.counters,
                 settings=settings,
                 arrived=self._preparing.small_arrived,
+                stored=self._preparing.small_stored,
             )
             self._preparing.fetch_small_with(small, ahead_max=settings.small_ahead_max)
 
@@ -196,6 +197,8 @@ class Objects:
         wanted = ahead.wanted(span)
         while True:
             await self._preparing.entry(content)
+            if content.whole is not None:
+                return content.whole[span.start : span.stop]
             if content.serving is None:
                 self._fetcher.raise_failure(content, 0)
                 await self._sharing.run(content, "prove", self._prove)
@@ -340,6 +343,8 @@ class Objects:
         try:
             while True:
                 await self._preparing.entry(content)
+                while content.whole is not None:
+                    await content.wait(0)
                 if not self._kept_whole(content):
                     raise CacheFailed(
                         f"{content.url} ({content.size_bytes} bytes) does not fit into the cache; "
@@ -377,6 +382,8 @@ class Objects:
         if node.object_id is None:
             return 0
         content = self._contents.get(node.object_id.key)
+        if content is not None and content.whole is not None:
+            return len(content.whole)
         entry: ReadableEntry | None = content.entry if content is not None else None
         if entry is None and self._cache is not None:
             entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)

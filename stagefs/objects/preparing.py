@@ -8,8 +8,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from stagefs.cache.entry import Entry
 from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
-from stagefs.model import ObjectInfo
+from stagefs.model import ObjectInfo, WholeObject
 from stagefs.namespace.node import Node
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import Content
@@ -44,8 +45,8 @@ class Preparing:
         self._walks = Walks(self._namespace, ahead_max=ahead_max, fetch_ahead=self._fetch_ahead)
 
     async def entry(self, content: Content) -> None:
-        """Return when ``content`` has an entry."""
-        while content.entry is None:
+        """Return when ``content`` has an entry, or is here whole."""
+        while content.entry is None and content.whole is None:
             if content.changed is not None:
                 raise content.changed
             if self._small is not None and self._small.takes_size(content.size_bytes):
@@ -85,21 +86,25 @@ class Preparing:
 
     def small_arrived(self, arrivals: Sequence[Arrival]) -> None:
         told = []
-        for content, whole, entry in arrivals:
+        for content, whole in arrivals:
+            content.checksum_proved = True
             if content.validator is None:
                 content.validator = whole.info.validator
                 told.append((content.inode, content.validator))
-            content.checksum_proved = True
-            if content.entry is not None:
-                continue
-            if isinstance(entry, CacheFailed):
-                memory = self._contents.serve_from_memory(content, entry)
-                os.pwrite(memory.fd, whole.data, 0)
-                memory.commit(0)
-            else:
-                self._contents.adopt(content, entry)
         if told:
             self._namespace.set_validators(told, checked_ns=time.time_ns())
+
+    def small_stored(
+        self, content: Content, whole: WholeObject, entry: Entry | CacheFailed
+    ) -> None:
+        if content.entry is not None:
+            return
+        if isinstance(entry, CacheFailed):
+            memory = self._contents.serve_from_memory(content, entry)
+            os.pwrite(memory.fd, whole.data, 0)
+            memory.commit(0)
+        else:
+            self._contents.adopt(content, entry)
 
     def reached(self, content: Content) -> None:
         """The first read of a handle came for ``content``."""

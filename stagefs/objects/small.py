@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 QUEUE_MAX = 4096
 SHARED_NAME = "small"
 
-Arrival = tuple[Content, WholeObject, Entry | CacheFailed]
-"""What came, and where it lies in the cache, or why it does not."""
+# Batches that have arrived and are still being stored: bounds what they take in memory.
+STORES_MAX = 4
+
+Arrival = tuple[Content, WholeObject]
 
 
 class Wanted(msgspec.Struct, frozen=True, eq=False):
@@ -60,6 +62,7 @@ class SmallFetcher:
         counters: Counters,
         settings: ReadSettings,
         arrived: Callable[[Sequence[Arrival]], None],
+        stored: Callable[[Content, WholeObject, Entry | CacheFailed], None],
     ) -> None:
         self._nursery = nursery
         self._remote_for = remote_for
@@ -68,6 +71,8 @@ class SmallFetcher:
         self._counters = counters
         self._settings = settings
         self._arrived = arrived
+        self._stored = stored
+        self._store_slots = trio.Semaphore(STORES_MAX)
         self._queues: dict[int, deque[Wanted]] = {}
         self._running: dict[int, int] = {}
 
@@ -126,6 +131,18 @@ class SmallFetcher:
                 good.append((item.content, checked))
         if not good:
             return
+        self._counters.small_objects += len(good)
+        for content, whole in good:
+            self._counters.fetched_bytes += len(whole.data)
+            content.whole = whole.data
+        self._arrived(good)
+        # Readers are answered from what has arrived; storing it is nobody's wait.
+        for content, _whole in good:
+            content.shared.pop(SHARED_NAME).event.set()
+        await self._store_slots.acquire()
+        self._nursery.start_soon(self._store, good)
+
+    async def _store(self, good: Sequence[Arrival]) -> None:
         try:
             entries: Sequence[Entry | CacheFailed] = await trio.to_thread.run_sync(
                 self._cache.store_small, [_small_object(content, whole) for content, whole in good]
@@ -133,13 +150,16 @@ class SmallFetcher:
         except CacheFailed as error:
             log.warning("small objects are read without the cache: %s", error)
             entries = [error] * len(good)
-        self._arrived(
-            [(content, whole, entry) for (content, whole), entry in zip(good, entries, strict=True)]
-        )
-        for content, whole in good:
-            self._counters.small_objects += 1
-            self._counters.fetched_bytes += len(whole.data)
-            content.shared.pop(SHARED_NAME).event.set()
+        except Exception as error:
+            self._counters.unexpected += 1
+            log.exception("storing %d small objects failed unexpectedly", len(good))
+            entries = [CacheFailed(f"storing failed unexpectedly ({error!r})")] * len(good)
+        finally:
+            self._store_slots.release()
+        for (content, whole), entry in zip(good, entries, strict=True):
+            self._stored(content, whole, entry)
+            content.whole = None
+            content.wake((0,))
 
     def _check(
         self, item: Wanted, result: WholeObject | StageFSError

@@ -1,6 +1,7 @@
 """Any sequence of operations leaves the namespace as the plain model says, and consistent."""
 
 import itertools
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from stagefs.errors import NotFound, StageFSError
 from stagefs.model import ROOT_INODE, EntryKind, Inode, ListedEntry, ObjectInfo
@@ -39,8 +46,8 @@ class NamespaceMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scratch = tempfile.TemporaryDirectory()
-        self.path = Path(self.scratch.name) / "namespace.db"
+        self.scratch = tempfile.mkdtemp()
+        self.path = Path(self.scratch) / "namespace.db"
         self.namespace = Namespace.open(self.path)
         self.tree = Tree()
         self.labels = itertools.count()
@@ -48,7 +55,42 @@ class NamespaceMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.namespace.close()
-        self.scratch.cleanup()
+        shutil.rmtree(self.scratch)
+
+    @initialize(templates=st.integers(0, 2), links=st.integers(0, 2))
+    def begin_with_something(self, templates: int, links: int) -> None:
+        """staging/a/a and staging/b; a template with a, b/c; sandboxes and linked directories."""
+        staging, tasks, template_top = self.tree.staging, self.tree.tasks, self.tree.templates
+        data = self.make(staging, STAGING_INODE, "a")
+        self.make_one_file(*data, "a")
+        self.make_one_file(staging, STAGING_INODE, "b")
+        template = self.make(template_top, TEMPLATES_INODE, "a")
+        below = self.make(*template, "b")
+        for directory, inode, name in ((*template, "a"), (*below, "c")):
+            file = staging.view()["b"]
+            assert isinstance(file, File)
+            self.tree.make(directory, name, file)
+            self.namespace.link(self.namespace.lookup(STAGING_INODE, "b").inode, inode, name)
+        if templates:
+            names = ["a", "b"][:templates]
+            self.tree.instantiate(template[0], tasks, names)
+            self.namespace.instantiate_template(template[1], TASKS_INODE, names)
+        if links:
+            self.tree.link_directory(data[0], tasks, "c")
+            self.namespace.link_directory(data[1], TASKS_INODE, "c")
+        if links == 2:
+            self.tree.link_directory(tasks, template_top, "b")
+            self.namespace.link_directory(TASKS_INODE, TEMPLATES_INODE, "b")
+
+    def make(self, directory: Directory, inode: Inode, name: str) -> tuple[Directory, Inode]:
+        made = Directory(directory)
+        self.tree.make(directory, name, made)
+        return made, self.namespace.make_directory(inode, name).inode
+
+    def make_one_file(self, directory: Directory, inode: Inode, name: str) -> None:
+        file = File(f"f{next(self.labels)}")
+        self.tree.make(directory, name, file)
+        self.namespace.register(inode, name, staged(file.label))
 
     # Choosing
 
@@ -305,8 +347,8 @@ class NamespaceMachine(RuleBasedStateMachine):
 
 
 NamespaceMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
+    max_examples=150,
+    stateful_step_count=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio.testing
 
 from stagefs.cache.store import Cache
 from stagefs.config import ReadSettings
@@ -27,7 +28,6 @@ class Reading:
         self.objects = Objects(
             namespace=namespace,
             cache=cache,
-            # Threads and a clock that jumps when all tasks wait do not go together.
             inline_flags=0,
             remote_for=lambda _url: self.remote,
             settings=settings,
@@ -72,6 +72,13 @@ class Reading:
 
 
 MakeReading = Callable[..., AbstractAsyncContextManager[Reading]]
+
+
+@pytest.fixture
+def patient_clock() -> trio.testing.MockClock:
+    """Jumps to the next deadline when nothing has happened for a while, so that a worker thread
+    has time to end before it is taken for nothing."""
+    return trio.testing.MockClock(autojump_threshold=0.3)
 
 
 @pytest.fixture

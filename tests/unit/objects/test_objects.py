@@ -164,7 +164,7 @@ async def test_a_missing_object_says_so_and_is_not_asked_for_again_at_once(
 
 
 async def test_a_failure_is_forgotten_after_its_time(
-    make_reading: MakeReading, autojump_clock: trio.abc.Clock
+    make_reading: MakeReading, patient_clock: trio.abc.Clock
 ) -> None:
     data = random_bytes(3 * MIB)
     async with make_reading() as reading:
@@ -177,7 +177,7 @@ async def test_a_failure_is_forgotten_after_its_time(
 
 
 async def test_a_silent_server_ends_in_the_deadline(
-    make_reading: MakeReading, autojump_clock: trio.abc.Clock
+    make_reading: MakeReading, patient_clock: trio.abc.Clock
 ) -> None:
     settings = ReadSettings(read_deadline_s=30.0)
     data = random_bytes(3 * MIB)
@@ -242,7 +242,7 @@ async def test_warming_fetches_the_whole_and_tells_how_far(make_reading: MakeRea
 
 
 async def test_stat_is_shared_and_goes_on_when_the_asker_gives_up(
-    make_reading: MakeReading, autojump_clock: trio.abc.Clock
+    make_reading: MakeReading, patient_clock: trio.abc.Clock
 ) -> None:
     async with make_reading() as reading:
         url = reading.remote.put("/a", b"x")
