@@ -17,7 +17,7 @@ from stagefs.objects.content import Content
 from stagefs.objects.contents import Contents
 from stagefs.objects.fetching import Fetcher
 from stagefs.objects.sharing import Sharing
-from stagefs.objects.small import Arrival, SmallFetcher
+from stagefs.objects.small import SHARED_NAME, Arrival, SmallFetcher
 from stagefs.objects.walking import Place, Walks
 from stagefs.remote.base import Remote
 
@@ -52,9 +52,11 @@ class Preparing:
             if self._small is not None and self._small.takes_size(content.size_bytes):
                 assert self._walks is not None
                 self._fetcher.raise_failure(content, 0)
+                was_queued = SHARED_NAME in content.shared
                 shared = self._small.want(content, urgent=True)
                 assert shared is not None
-                self._walks.missed(content.inode)
+                if not was_queued:
+                    self._walks.missed(content.inode)
                 await shared.wait()
             elif content.validator is None:
                 self._fetcher.raise_failure(content, 0)
