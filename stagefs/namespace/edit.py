@@ -151,11 +151,12 @@ class Edit:
             entry = self.show(below, name)
             if entry is None:
                 return None
-        if overlay.loops(self.rows, directory.inode, entry.node.inode):
-            return None
-        self._clear_stale(directory, name)
         lower = entry.node
         counted = directory.counted and lower.frozen
+        # What a sandbox shows of its template is finite: the template cannot change.
+        if not counted and overlay.loops(self.rows, directory.inode, lower.inode):
+            return None
+        self._clear_stale(directory, name)
         inode = self.new_directory(
             lower.mode,
             nlink=1,

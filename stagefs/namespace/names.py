@@ -133,7 +133,8 @@ def rename(
             raise NotFound(f"There is no {new_name!r} in {edit.rows.path(new_parent)}.")
         _refuse_fixed(edit, target.node)
         _refuse_below_itself(edit, target.node, new_parent, parent)
-        _exchange(edit, (source_directory, source_name, source), target_directory, target_name)
+        if target.node.inode != source.node.inode:
+            _exchange(edit, (source_directory, source_name, source), target_directory, target_name)
     elif target is not None and flags & RenameFlags.NOREPLACE:
         raise NameExists(f"{new_name!r} exists already in {edit.rows.path(new_parent)}.")
     elif target is None or target.node.inode != source.node.inode:

@@ -13,6 +13,7 @@ What happens when the lower directory changes:
   removed or renamed in this place (KEPT), it stays, and shows of the vanished one nothing.
 * A lower directory that is removed leaves the overlay with its own names.
 No directory is shown below itself: such an entry is left out, so that every walk ends.
+(But not what a sandbox shows of its template's own directories, which end by themselves.)
 
 Reading only.  Pages merge own and lower names by ``place``, which is unique in the whole
 namespace: a SHOWN directory is listed at the place of the lower one's.
@@ -154,9 +155,11 @@ def is_empty(rows: Rows, directory: Node) -> bool:
 
 def _left_out(rows: Rows, directory: Node, name: bytes, shown: Node) -> bool:
     """Whether showing it would loop, here or in the directory that it is shown from."""
-    while not loops(rows, directory.inode, shown.inode):
+    while not (directory.counted and shown.frozen):
+        if loops(rows, directory.inode, shown.inode):
+            return True
         lower = rows.node(directory.lower)
         if lower is None or not lower.lower or rows.own(lower.inode, name) is not None:
             return False
         directory = lower
-    return True
+    return False

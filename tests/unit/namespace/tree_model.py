@@ -67,10 +67,12 @@ class Directory:
             mine = self.shown.get(name)
             if mine is not None and mine.lower is below:
                 visible[name] = mine
-            elif not self.would_loop(below):
+                continue
+            counted = self.counted and below.frozen
+            if counted or not self.would_loop(below):
                 if mine is not None:
                     mine.end()
-                mine = Directory(self, below, counted=self.counted and below.frozen)
+                mine = Directory(self, below, counted=counted)
                 visible[name] = self.shown[name] = mine
         return visible
 
@@ -257,6 +259,8 @@ class Tree:
         moved, there = source.view()[name], target.view().get(new_name)
         if there is None or self._is_fixed(there) or self._below_itself(there, target, source):
             raise Refused
+        if moved is there:
+            return
         source.keep()
         target.keep()
         for directory, at, node in ((source, name, there), (target, new_name, moved)):
