@@ -18,8 +18,14 @@ from tests.support import kernel
 from tests.support.identity import Identity, identities
 from tests.support.mounted import Mounted
 from tests.support.nginx import running_nginx
-from tests.support.rgw import Rgw, running_rgw
-from tests.support.served import HttpServed, Served, ServedFiles, serving, serving_s3
+from tests.support.served import (
+    HttpServed,
+    Served,
+    ServedFiles,
+    SharedGateway,
+    serving,
+    serving_s3,
+)
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
 FIGURES = pytest.StashKey[list[str]]()
@@ -171,20 +177,17 @@ def served_directory(work: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gateway(session_directory: Path) -> Iterator[Rgw]:
-    """Ceph's S3 gateway, started when the first test needs it."""
-    with running_rgw(session_directory / "rgw") as server:
-        yield server
+def gateway(session_directory: Path) -> Iterator[SharedGateway]:
+    shared = SharedGateway(session_directory / "s3")
+    yield shared
+    shared.stop()
 
 
 @pytest.fixture(params=["http", "ssh", "s3"])
-def served(
-    request: pytest.FixtureRequest, served_directory: Path, numbers: Iterator[int]
-) -> Iterator[Served]:
+def served(request: pytest.FixtureRequest, served_directory: Path) -> Iterator[Served]:
     """A real server: each test that uses it runs over every protocol."""
     if request.param == "s3":
-        gateway = request.getfixturevalue("gateway")
-        with serving_s3(served_directory, gateway, f"staged-{next(numbers)}") as bucket:
+        with serving_s3(served_directory, request.getfixturevalue("gateway")) as bucket:
             yield bucket
     else:
         with serving(request.param, served_directory) as server:

@@ -116,7 +116,8 @@ def identities(session_directory: Path) -> dict[str, Identity]:
         found[name] = Identity(name, number, number, home, own_bin)
     if not _runs(found["user"]):
         copied = _copy_installation(session_directory / "installation")
-        found["user"] = dataclasses.replace(found["user"], bin=copied)
+        # Root too: it mounts for that user, whose daemon then runs the same program.
+        found = {name: dataclasses.replace(one, bin=copied) for name, one in found.items()}
         if not _runs(found["user"]):
             raise RuntimeError(
                 f"An ordinary user cannot run {own_bin}/python3, nor a copy of it, because "

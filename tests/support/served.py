@@ -22,14 +22,15 @@ import obstore
 from stagefs.remote.url import quote_path
 from tests.support.identity import Identity
 from tests.support.nginx import Nginx, free_ports, running_nginx
-from tests.support.rgw import Rgw
+from tests.support.rgw import Rgw, running_rgw
 from tests.support.sshd import Sshd, running_sshd
 from tests.support.waiting import wait_until
 
 FIRST_PUBLICATION_S = 1_750_000_000
 LARGE_FILE_BYTES = 10 << 30
-# Ceph keeps it in memory.
+# Ceph keeps them in memory, up to 4 GiB.
 LARGE_OBJECT_BYTES = 512 << 20
+GATEWAY_BYTES_MAX = 2 << 30
 _FRONT_CONF = """
 daemon off;
 master_process off;
@@ -225,19 +226,44 @@ class SshServed(ServedFiles):
         self._server.thaw()
 
 
-class S3Served:
-    """Ceph's gateway behind an nginx that counts what it sends and that can be made silent.
-
-    Each has a bucket of its own, so that the gateway, which takes seconds to start, is shared.
+class SharedGateway:
+    """Ceph's gateway, which takes seconds to start and so serves many tests, each with a bucket of
+    its own.  It keeps objects in memory and never forgets them: after some gibibytes the next
+    test gets a fresh one.
     """
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+        self._stack = contextlib.ExitStack()
+        self._gateway: Rgw | None = None
+        self._buckets = itertools.count()
+        self.stored_bytes = 0
+
+    def fresh_bucket(self) -> tuple[Rgw, str]:
+        if self._gateway is None or self.stored_bytes > GATEWAY_BYTES_MAX:
+            self.stop()
+            self.stored_bytes = 0
+            place = self._top / f"g{next(self._buckets)}"
+            self._gateway = self._stack.enter_context(running_rgw(place))
+        bucket = f"staged-{next(self._buckets)}"
+        self._gateway.make_bucket(bucket)
+        return self._gateway, bucket
+
+    def stop(self) -> None:
+        self._stack.close()
+        self._gateway = None
+
+
+class S3Served:
+    """A bucket behind an nginx that counts what it sends and that can be made silent."""
 
     scheme = "s3"
 
-    def __init__(self, top: Path, gateway: Rgw, bucket: str) -> None:
-        self._gateway = gateway
-        self._bucket = bucket
-        self._store = gateway.bucket(bucket)
-        gateway.make_bucket(bucket)
+    def __init__(self, top: Path, shared: SharedGateway) -> None:
+        self._shared = shared
+        gateway, self._bucket = shared.fresh_bucket()
+        self._gateway_environment = gateway.environment
+        self._store = gateway.bucket(self._bucket)
         self._top = top
         (self._port,) = free_ports(1)
         conf = top / "nginx.conf"
@@ -257,9 +283,10 @@ class S3Served:
 
     def environment(self, identity: Identity) -> Mapping[str, str]:
         endpoint = f"http://127.0.0.1:{self._port}"
-        return {**self._gateway.environment, "AWS_ENDPOINT_URL": endpoint}
+        return {**self._gateway_environment, "AWS_ENDPOINT_URL": endpoint}
 
     def put(self, name: str, data: bytes) -> str:
+        self._shared.stored_bytes += len(data)
         obstore.put(self._store, name, data)
         return self.url(name)
 
@@ -304,8 +331,8 @@ class S3Served:
 
 
 @contextlib.contextmanager
-def serving_s3(top: Path, gateway: Rgw, bucket: str) -> Iterator[S3Served]:
-    server = S3Served(top, gateway, bucket)
+def serving_s3(top: Path, shared: SharedGateway) -> Iterator[S3Served]:
+    server = S3Served(top, shared)
     try:
         yield server
     finally:
