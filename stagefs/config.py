@@ -86,7 +86,7 @@ class ReadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Read-ahead grows to this on sequential access."""
     seek_tolerance_bytes: Bytes = 16 * MIB
     """A jump ahead of at most this much still counts as sequential."""
-    parallel_spans_per_object: Count = 8
+    parallel_spans_per_object: Count = 4
     in_flight_bytes_max: Bytes = 256 * MIB
     """All fetches together."""
     volatile_bytes_max: Bytes = 256 * MIB

@@ -10,6 +10,7 @@ prefetcher's.)
 from stagefs.model import MIB, Span
 
 START_BYTES = MIB
+STEP_BYTES_MAX = 16 * MIB
 NEVER = 1 << 62
 
 
@@ -47,7 +48,12 @@ class ReadAhead:
         else:
             self._window = 0
         self._expected = max(span.stop, self._expected if self._window else 0)
-        stop = min(span.stop + self._window, self._size)
+        stop = span.stop + self._window
+        if self._window:
+            # In steps: a window that slides along byte by byte asks for a sliver each time.
+            step = min(self._window, STEP_BYTES_MAX)
+            stop = -(-stop // step) * step
+        stop = min(stop, self._size)
         if stop >= self._size or not self._window:
             self.trigger = NEVER
         else:

@@ -21,11 +21,14 @@ def test_first_read_wants_no_more_than_it_asks() -> None:
 def test_sequential_reads_double_the_window_to_its_limit() -> None:
     ahead = read_ahead()
     read(ahead, 0)
-    windows = []
+    windows, stops = [], []
     for step in range(1, 10):
         wanted = read(ahead, step * 128 * KIB)
-        windows.append(wanted.length - 128 * KIB)
+        windows.append(ahead.window_bytes)
+        stops.append(wanted.stop)
     assert windows == [m * MIB for m in (1, 2, 4, 8, 16, 32, 64, 64, 64)]
+    # Rounded up to whole steps, so that the next read changes nothing.
+    assert stops == [m * MIB for m in (2, 4, 8, 16, 32, 48, 80, 80, 80)]
 
 
 def test_a_jump_shrinks_the_window_to_nothing() -> None:
