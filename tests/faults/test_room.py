@@ -44,7 +44,10 @@ class Watch:
 
 
 def test_one_object_five_times_the_cache(
-    identity: Identity, served: Served, new_mount: MakeMount
+    identity: Identity,
+    served: Served,
+    new_mount: MakeMount,
+    figures: Callable[[str], None],
 ) -> None:
     capacity, data = 64 * MIB, content(64 * MIB) * 5
     mount = new_mount(
@@ -57,6 +60,7 @@ def test_one_object_five_times_the_cache(
     with Watch(mount.state / "cache") as watch:
         for _ in range(2):
             assert mount.sha256("staging/input.dat") == sha256(data)
+    figures(f"at most {watch.largest >> 20} MiB on disk, capacity {capacity >> 20} MiB")
     assert watch.looks > 20
     assert capacity // 2 < watch.largest <= capacity + IN_FLIGHT
 

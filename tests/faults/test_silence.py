@@ -50,14 +50,20 @@ def healthy(work: Path) -> Path:
 
 
 def test_silent_server_harms_nobody_else(
-    identity: Identity, served: Served, new_mount: MakeMount, healthy: Path
+    identity: Identity,
+    served: Served,
+    new_mount: MakeMount,
+    healthy: Path,
+    figures: Callable[[str], None],
 ) -> None:
     with serving("http", healthy) as other:
         assert isinstance(other, HttpServed)
-        silence(identity, served, other, new_mount)
+        slowest_s = silence(identity, served, other, new_mount)
+        figures(f"{READERS} readers ended within {slowest_s / DEADLINE_S:.2f} of their deadline")
 
 
-def silence(identity: Identity, served: Served, other: HttpServed, new_mount: MakeMount) -> None:
+def silence(identity: Identity, served: Served, other: HttpServed, new_mount: MakeMount) -> float:
+    """Seconds that the slowest reader waited."""
     mount = new_mount(
         identity,
         settings=f'[read]\nread_deadline_s = "{DEADLINE_S}s"\n',
@@ -108,6 +114,7 @@ def silence(identity: Identity, served: Served, other: HttpServed, new_mount: Ma
         "reading after the server answers again",
         deadline_s=30,
     )
+    return float(slowest)
 
 
 def quick(mount: Mounted, *command: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted
-from tests.support.served import HttpServed, Served, content, serving
+from tests.support.served import Served, content, serving
 
 MakeMount = Callable[..., Mounted]
 MIB, GIB = 1 << 20, 1 << 30
@@ -40,7 +40,9 @@ def import_catalog(mount: Mounted, entries: list[dict[str, object]]) -> None:
     mount.stagefs("import", catalog)
 
 
-def sixteen_tasks(mount: Mounted, served: Served, data: bytes) -> None:
+def sixteen_tasks(
+    mount: Mounted, served: Served, data: bytes, figures: Callable[[str], None]
+) -> None:
     url = served.put("input.dat", data)
     unread = served.put("unread.dat", b"nobody reads this")
     import_catalog(
@@ -57,25 +59,36 @@ def sixteen_tasks(mount: Mounted, served: Served, data: bytes) -> None:
     assert read_in_all_tasks(mount, tasks) == [zlib.crc32(data)] * TASKS
     mount.umount()
     sent = served.bytes_sent()
+    figures(f"{sent / len(data):.4f} of {len(data) >> 20} MiB sent to {TASKS} readers")
     assert len(data) <= sent <= 1.01 * len(data), f"{sent} bytes sent for {len(data)}"
     assert served.requests_for("unread.dat") == 0, "an object nobody read was asked for"
 
 
 def test_sixteen_readers_cost_one_transfer(
-    identity: Identity, served: Served, new_mount: MakeMount
+    identity: Identity,
+    served: Served,
+    new_mount: MakeMount,
+    figures: Callable[[str], None],
 ) -> None:
     mount = new_mount(identity, environment=served.environment(identity))
-    sixteen_tasks(mount, served, content(192 * MIB))
+    sixteen_tasks(mount, served, content(192 * MIB), figures)
 
 
 def test_a_gibibyte_for_sixteen_readers(
-    anybody: Identity, web: HttpServed, new_mount: MakeMount
+    anybody: Identity,
+    served: Served,
+    new_mount: MakeMount,
+    figures: Callable[[str], None],
 ) -> None:
-    sixteen_tasks(new_mount(anybody, "--capacity", "2GiB"), web, content(64 * MIB) * 16)
+    mount = new_mount(anybody, "--capacity", "2GiB", environment=served.environment(anybody))
+    sixteen_tasks(mount, served, content(64 * MIB) * 16, figures)
 
 
 def test_tail_of_a_large_object_costs_a_tail(
-    identity: Identity, served: Served, new_mount: MakeMount
+    identity: Identity,
+    served: Served,
+    new_mount: MakeMount,
+    figures: Callable[[str], None],
 ) -> None:
     """Ten gibibytes, where the server need not hold them in memory."""
     tail = content(4096, "tail")
@@ -85,6 +98,7 @@ def test_tail_of_a_large_object_costs_a_tail(
     assert int(mount.run("stat", "-c", "%s", "MNT/staging/large.dat").stdout) == size
     assert mount.run("tail", "-c", "4096", "MNT/staging/large.dat").stdout == tail
     mount.umount()
+    figures(f"{served.bytes_sent() >> 10} KiB sent for the last 4 KiB of {size >> 20} MiB")
     assert 4096 <= served.bytes_sent() < 2 * MIB
 
 
