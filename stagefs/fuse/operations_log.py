@@ -318,7 +318,7 @@ class SharedMemory:
         self.pending = PendingLookups(words)
 
     def count_answer(self) -> None:
-        """To be called in each request: deaths with answers between are forgiven."""
+        """To be called as each request begins: deaths with answers between are forgiven."""
         self._words[W_ANSWERED] += 1
         self.notes.forget_finished()
 

@@ -24,7 +24,9 @@ ID_STEP = 2
 IDS_AT_ONCE = 1 << 17
 # How far back an unanswered request may lie: beyond any deadline at 100,000 requests/s.
 IDS_MAX = 1 << 23
+IDS_BLIND = 1 << 21
 PROVOKED_WAIT_S = 2.0
+PROVOKED_MAX = 5
 
 
 class Disconnected(Exception):
@@ -135,9 +137,15 @@ class StaleSweep:
             self._next = self._last = 0
             return
         bound = self._newest_id(provoke)
-        self._last = max(self._done_below, bound - IDS_MAX * ID_STEP, 0)
-        self._done_below = bound
-        self._next = bound
+        if bound is None:
+            # No request can be made on this mount.  While no daemon lives, answering ids
+            # that the kernel has not given out yet does no harm.
+            self._last, self._next = self._done_below, self._done_below + IDS_BLIND * ID_STEP
+            while self.pending:
+                self.advance()
+            return
+        self._last = max(self._done_below, bound - IDS_MAX * ID_STEP)
+        self._done_below = self._next = bound
         self.advance()
 
     def advance(self) -> None:
@@ -160,19 +168,26 @@ class StaleSweep:
         except OSError:
             return False
 
-    def _newest_id(self, provoke: Callable[[], None]) -> int:
+    def _newest_id(self, provoke: Callable[[], None]) -> int | None:
+        """The id of the first request in the queue: everything below it was the dead daemon's."""
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
-        buffer = bytearray(wire.REQUEST_BYTES_MAX)
         os.set_blocking(self._device, False)
         try:
-            if not poll.poll(0):
+            for _ in range(PROVOKED_MAX):
+                found = self._first_queued()
+                if found is not None:
+                    return found
                 provoke()
                 poll.poll(PROVOKED_WAIT_S * 1000)
-            # A forget gets its id when it is read, so it says nothing about the queue.
-            while (request := _read(self._device, buffer)) is not None:
-                if request.opcode not in NO_REPLY:
-                    return request.unique
         finally:
             os.set_blocking(self._device, True)
-        return self._done_below
+        return None
+
+    def _first_queued(self) -> int | None:
+        buffer = bytearray(wire.REQUEST_BYTES_MAX)
+        while (request := _read(self._device, buffer)) is not None:
+            # A forget gets its id when it is read, so it says nothing about the queue.
+            if request.opcode not in NO_REPLY:
+                return request.unique
+        return None

@@ -71,7 +71,7 @@ class Supervisor:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         self._stop_reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note_stop)
         signal.signal(signal.SIGCHLD, _note_nothing)
         self._lifetime_fd = _open_pidfd(options.lifetime)

@@ -187,6 +187,7 @@ class TinyOperations(DeviceOperations):
         return None if row is None else int(row[0])
 
     def _once(self, thread: int, what: str, names: list[NameBefore], change: Change) -> int:
+        self._memory.count_answer()
         notes = self._memory.notes
         digest = hashlib.blake2b(what.encode(), digest_size=16).digest()
         before = notes.resent(thread, digest)
@@ -200,7 +201,6 @@ class TinyOperations(DeviceOperations):
             return self._transaction(number, change)
         finally:
             notes.finish(thread)
-            self._memory.count_answer()
 
     def _transaction(self, number: OperationNumber, change: Change) -> int:
         self._rows.execute("BEGIN IMMEDIATE")
