@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tests.support.waiting import wait_until
@@ -81,15 +81,34 @@ def programs() -> Iterator[Program]:
 
 def programs_naming(directory: Path) -> list[Program]:
     """Programs with this directory, or something below it, in their command line."""
-    pattern = re.compile(re.escape(str(directory)) + r"(?![\w.-])")
-    return sorted(
-        (
-            program
-            for program in programs()
-            if program.pid != os.getpid() and any(pattern.search(w) for w in program.command)
-        ),
-        key=lambda program: program.pid,
+    names = _naming(directory)
+    return _sorted(program for program in programs() if any(map(names, program.command)))
+
+
+def programs_of(directory: Path) -> list[Program]:
+    """The same, or in their environment: servers are told of their files that way too."""
+    names = _naming(directory)
+    return _sorted(
+        program
+        for program in programs()
+        if any(map(names, program.command)) or names(_environment(program.pid))
     )
+
+
+def _naming(directory: Path) -> Callable[[str], object]:
+    return re.compile(re.escape(str(directory)) + r"(?![\w.-])").search
+
+
+def _environment(pid: int) -> str:
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:  # it ended, or belongs to somebody else
+        return ""
+
+
+def _sorted(found: Iterable[Program]) -> list[Program]:
+    others = (program for program in found if program.pid != os.getpid())
+    return sorted(others, key=lambda program: program.pid)
 
 
 def end(program: Program) -> None:
@@ -104,9 +123,9 @@ def end_all_below(directory: Path) -> list[str]:
     for mount in reversed(mounts(below=directory)):
         found.append(f"a {mount.kind} mount at {mount.point}")
         detach(mount)
-    for program in programs_naming(directory):
+    for program in programs_of(directory):
         found.append(f"program {program}")
         end(program)
     if found:
-        wait_until(lambda: not programs_naming(directory), f"the end of {found}")
+        wait_until(lambda: not programs_of(directory), f"the end of {found}")
     return found
