@@ -22,6 +22,10 @@ from stagefs.objects.readahead import ReadAhead
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
 
+# Chunks that are committed together when nobody waits for one of them: each commit is a visit
+# to a worker thread, and takes the lock of the file from those who write into it.
+COMMIT_CHUNKS = 4
+
 # pyfuse3 copies a read's answer into the device before anything else runs in this thread,
 # so all inline reads can share one buffer.
 _BUFFER = memoryview(bytearray(MIB))
@@ -147,6 +151,9 @@ class Content:
         event = self.waiting.get(chunk)
         if event is None:
             event = self.waiting[chunk] = trio.Event()
+            flight = self.flights.get(chunk)
+            if flight is not None:
+                flight.hurry()
         await event.wait()
 
 
@@ -214,12 +221,23 @@ class Flight:
         self._whole = span.stop >> self._entry.chunk_shift
         if span.stop >= self.span.stop:
             self._whole = self.chunks.stop
+        ready = range(self._committed, self._whole)
+        if (
+            len(ready) >= COMMIT_CHUNKS
+            or self._whole == self.chunks.stop
+            or any(chunk in self._content.waiting for chunk in ready)
+        ):
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Commit now what has landed: somebody waits for it, or it is enough."""
         if self._whole > self._committed and self._idle.is_set():
             self._idle = trio.Event()
             self._begin(self._commit)
 
     async def settled(self) -> None:
         """Return when all that landed is committed.  Raises CacheFailed."""
+        self.hurry()
         await self._idle.wait()
         if self._failure is not None:
             raise self._failure
