@@ -6,6 +6,7 @@ everything else that must outlive a daemon.  Holds no policy of its own.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import logging
@@ -56,6 +57,9 @@ UNLINKED_ROUNDS_MAX = 50
 SWITCH_INTERVAL_S = 50e-6
 OPEN_FILES_MAX = 1 << 20
 INVALIDATIONS_MAX = 100_000
+MALLOC_MMAP_BYTES = 32 << 20
+MALLOC_KEPT_BYTES = 64 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 SETTLE_TIMEOUT_S = 1.0
 
 
@@ -102,11 +106,22 @@ def _begin_log(state: Path, settings: Settings) -> None:
 
 def _prepare_limits() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _keep_freed_memory()
     # Everything made so far stays: no collection needs to look at it again.
     gc.freeze()
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MAX)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _keep_freed_memory() -> None:
+    """Fetching allocates and frees a buffer for each mebibyte.  glibc gives such buffers back to
+    the kernel, and the page faults of getting them again were a tenth of all CPU time of a
+    cold read over S3 (measured).  Another C library does without this."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, MALLOC_MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, MALLOC_KEPT_BYTES)
 
 
 def _open_cache(directory: Path, settings: Settings) -> Cache | None:
