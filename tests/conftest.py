@@ -68,9 +68,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _abort_mounts(directory: Path) -> None:
+    """A request that a stopped daemon has read can be ended in two ways only: by aborting the
+    connection, and by ending everybody who has the device open.
+    """
     for mount in kernel.mounts(below=directory):
         if mount.kind.startswith("fuse"):
             kernel.abort(mount)
+    for program in kernel.programs_naming(directory):
+        kernel.end(program)
 
 
 @pytest.fixture(scope="session", autouse=True)
