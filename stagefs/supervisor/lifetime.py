@@ -7,16 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# The process on a node that lives exactly as long as the job (or the job step) there.
-JOB_KEEPERS = (
-    "slurmstepd",
-    "sge_shepherd",
-    "pbs_mom",
-    "condor_starter",
-    "lsf_res",
-    "oarexec",
-    "prun",
-)
+# The process on a node that lives exactly as long as the job (or the job step) there: of
+# Slurm, of the Grid Engines, of HTCondor.  PBS has none: its pbs_mom serves all jobs.
+JOB_KEEPERS = ("slurmstepd", "sge_shepherd", "condor_starter")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_the_lifetime_of_another_process(new_supervised: NewSupervised, identity
         pilot.communicate()
     assert mount.wait() == 0
     assert not mount.is_mounted()
+
+
+def test_the_lifetime_of_the_batch_job_around_it(
+    new_supervised: NewSupervised, identity: Identity
+) -> None:
+    mount = new_supervised(identity)
+    keeper = Path(shutil.copy(shutil.which("sh") or "/bin/sh", mount.top / "slurmstepd"))
+    job = (str(keeper), "-c", '"$@" & wait', "sh")
+    answer = mount.start("--lifetime", "job", wrapper=job)
+    assert "ready" in answer, answer
+    assert identity.run("cat", mount.point / "big").stdout == SMALL
+    mount.supervisor.kill()  # the child of this test is the job's keeper
+    mount.wait()
+    wait_until(lambda: not mount.is_mounted(), "the end of the mount with its job")
+    wait_until(lambda: not kernel.programs_naming(mount.state), "the end of its processes")
 
 
 @pytest.mark.parametrize(
