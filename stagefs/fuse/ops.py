@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -21,7 +21,7 @@ import xxhash
 
 from stagefs.errors import NotFound, StageFSError
 from stagefs.fuse.attrs import Encoder
-from stagefs.fuse.operations_log import SharedMemory
+from stagefs.fuse.operations_log import NameBefore, SharedMemory
 from stagefs.fuse.session import DeviceOperations, Handoff
 from stagefs.model import Handle, Inode
 from stagefs.namespace.node import Node, NodeKind
@@ -109,11 +109,27 @@ class StageFSOperations(DeviceOperations):
     ) -> pyfuse3.EntryAttributes:
         parent = Inode(parent_inode)
         self._count_answer()
+        if self._notes.expects_walks and (before := self._before_repetition(parent, name, ctx)):
+            return before
         try:
             node = await self._vfs.lookup(parent, os.fsdecode(name))
         except NotFound:
             return _absent(self._vfs.absence_timeout_s(parent))
         return self._encode(node, self._vfs.name_timeout_s(parent))
+
+    def _before_repetition(
+        self, parent: Inode, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes | None:
+        """A thread walks again to repeat an operation that took effect: as it was before."""
+        repeated = self._notes.repeated_lookup(ctx.pid, parent, name)
+        made = self._vfs.applied(repeated[0]) if repeated else None
+        if repeated is None or made is None:
+            return None
+        if not repeated[1]:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        entry = self._encode(made)
+        entry.entry_timeout = entry.attr_timeout = 0
+        return entry
 
     async def forget(self, inode_list: object) -> None:
         """Lookup counts mean nothing here: inodes live in the namespace."""
@@ -218,13 +234,15 @@ class StageFSOperations(DeviceOperations):
         assert isinstance(ctx, pyfuse3.RequestContext)
         self._notes.finish(ctx.pid)
 
-    def _operation(self, ctx: pyfuse3.RequestContext, *what: object) -> tuple[int, Node | None]:
+    def _operation(
+        self, ctx: pyfuse3.RequestContext, *what: object, before: Sequence[NameBefore]
+    ) -> tuple[int, Node | None]:
         """(number, result): the result is there when an earlier daemon carried this request out."""
         digest = xxhash.xxh3_128_digest(repr(what).encode("utf-8", "surrogateescape"))
         self._count_answer()
         earlier = self._notes.resent(ctx.pid, digest)
         made = self._vfs.applied(earlier) if earlier is not None else None
-        number = self._notes.begin(ctx.pid, digest) if earlier is None else earlier
+        number = self._notes.begin(ctx.pid, digest, before) if earlier is None else earlier
         return number, made
 
     @_answers
@@ -237,7 +255,9 @@ class StageFSOperations(DeviceOperations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         parent, text = Inode(parent_inode), os.fsdecode(name)
-        number, made = self._operation(ctx, "mkdir", parent, text)
+        number, made = self._operation(
+            ctx, "mkdir", parent, text, before=[NameBefore(parent, name, present=False)]
+        )
         node = made or self._vfs.make_directory(parent, text, mode & ~ctx.umask, number)
         return self._encode(node)
 
@@ -251,7 +271,9 @@ class StageFSOperations(DeviceOperations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         parent, text = Inode(parent_inode), os.fsdecode(name)
-        number, made = self._operation(ctx, "symlink", parent, text, target)
+        number, made = self._operation(
+            ctx, "symlink", parent, text, target, before=[NameBefore(parent, name, present=False)]
+        )
         if made is None:
             made = await self._vfs.symlink(parent, text, os.fsdecode(target), number)
         if made is not None and made.kind is NodeKind.SYMLINK:
@@ -282,7 +304,9 @@ class StageFSOperations(DeviceOperations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         parent, text = Inode(new_parent_inode), os.fsdecode(new_name)
-        number, made = self._operation(ctx, "link", inode, parent, text)
+        number, made = self._operation(
+            ctx, "link", inode, parent, text, before=[NameBefore(parent, new_name, present=False)]
+        )
         node = made or self._vfs.link(Inode(inode), parent, text, number)
         return self._encode(node, self._vfs.name_timeout_s(parent))
 
@@ -299,7 +323,13 @@ class StageFSOperations(DeviceOperations):
     ) -> None:
         old, new = Inode(parent_inode_old), Inode(parent_inode_new)
         old_name, new_name = os.fsdecode(name_old), os.fsdecode(name_new)
-        number, made = self._operation(ctx, "rename", old, old_name, new, new_name, flags)
+        number, made = self._operation(
+            *(ctx, "rename", old, old_name, new, new_name, flags),
+            before=[
+                NameBefore(old, name_old, present=True),
+                NameBefore(new, name_new, present=False),
+            ],
+        )
         if made is None:
             self._vfs.rename(old, old_name, new, new_name, flags, number)
 
@@ -309,7 +339,9 @@ class StageFSOperations(DeviceOperations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         parent, text = Inode(parent_inode), os.fsdecode(name)
-        number, made = self._operation(ctx, "unlink", parent, text)
+        number, made = self._operation(
+            ctx, "unlink", parent, text, before=[NameBefore(parent, name, present=True)]
+        )
         if made is None:
             self._vfs.unlink(parent, text, number)
 
@@ -319,7 +351,9 @@ class StageFSOperations(DeviceOperations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         parent, text = Inode(parent_inode), os.fsdecode(name)
-        number, made = self._operation(ctx, "rmdir", parent, text)
+        number, made = self._operation(
+            ctx, "rmdir", parent, text, before=[NameBefore(parent, name, present=True)]
+        )
         if made is None:
             self._vfs.rmdir(parent, text, number)
 

@@ -344,9 +344,17 @@ class Vfs:
         return ReadOnly(f"{self._path(parent)}/{name} cannot be created: {_WORKSPACE}.")
 
     def applied(self, operation: int) -> Node | None:
-        """What an operation of an earlier daemon made, if it took effect."""
+        """What an operation of an earlier daemon made or removed, if it took effect.
+
+        What was removed may be forgotten already; then any node says that it took effect.
+        """
         inode = self._namespace.applied(operation)
-        return None if inode is None else self._namespace.node(Inode(inode))
+        if inode is None:
+            return None
+        try:
+            return self._namespace.node(inode)
+        except NotFound:
+            return self._namespace.node(ROOT_INODE)
 
     def _refuse_virtual(self, parent: Inode, name: str) -> None:
         if parent >= DIRECTORY_INODE or (parent == ROOT_INODE and name == NAME):
