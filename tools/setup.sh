@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # `make setup`: Debian packages, then the virtual environment .venv in the checkout.
 #
-# Re-running takes a fraction of a second when nothing changed; nothing but packages and the mode
-# of /dev/fuse is touched outside the checkout.
+# Re-running takes a fraction of a second when nothing changed.  Outside the checkout nothing is
+# touched but what vagrant/provision/debian.sh says it mends.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 

@@ -371,7 +371,8 @@ def _refusal(chosen: FoundMount, said: str) -> StageFSError:
             f"{chosen.mountpoint} is in use{named}: end that first, or use --lazy; nothing was"
             " changed."
         )
-    return MountFailed(f"{chosen.mountpoint} was not unmounted: {said.splitlines()[-1:]}.")
+    last = (said.splitlines() or ["nobody says why"])[-1].rstrip(".")
+    return MountFailed(f"{chosen.mountpoint} was not unmounted: {last}.")
 
 
 def _users_of(mountpoint: str) -> list[str]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that StageFS, its tests and its bench need, and mends /dev/fuse.
+# Installs the Debian packages that StageFS, its tests and its bench need, and mends what minimal
+# machines lack: the mode of /dev/fuse, and /etc/mtab.
 #
 # Used by `make setup`, by .ci/run (through it) and by the Vagrant boxes, so that it cannot rot.
 # Installs only what is missing, and says nothing when all is there.  Leaves no server running:
@@ -85,6 +86,12 @@ mend_fuse_device() {
   fi
 }
 
+# fusermount3 unmounts for ordinary users only where this link is; systemd makes it on real machines.
+mend_mtab() {
+  [ -e /etc/mtab ] || as_root ln -s ../proc/self/mounts /etc/mtab ||
+    say "/etc/mtab is missing, and fusermount3 cannot unmount without it; run 'ln -s ../proc/self/mounts /etc/mtab' as root."
+}
+
 if ! command -v dpkg-query >/dev/null; then
   say "this is not a Debian system, so nothing was installed; StageFS needs what Debian calls ${needed[*]}."
   exit 0
@@ -117,4 +124,7 @@ if [ ! -c /dev/fuse ] || [ "$(stat -c %a /dev/fuse)" != 666 ]; then
   else
     say "/dev/fuse is missing or closed to ordinary users; run 'chmod 0666 /dev/fuse' as root."
   fi
+fi
+if [ ! -e /etc/mtab ] && may_be_root; then
+  mend_mtab
 fi
