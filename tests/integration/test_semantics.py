@@ -20,6 +20,7 @@ def test_examples_are_true(
     web.put("numbers.txt", "".join(f"{n}\n" for n in range(1, 100_001)).encode())
     web.put("genomes/human.fa", b">human\nTTTT\n")
     web.put("genomes/mouse.fa", b">mouse\nACGT\n")
+    web.put("genomes/yeast.fa", b">yeast\nGGGG\n")
     real_server = web.url("").rstrip("/")
     mount = new_mount(identity, "--capacity", "64MiB")
 
