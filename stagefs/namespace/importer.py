@@ -124,7 +124,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     # Tasks that read come first.
-    os.nice(5)
+    os.nice(10)
     output = _Output()
     try:
         if not arguments.database.exists():
