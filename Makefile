@@ -4,10 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint types layers wheel format bench clean
+.PHONY: help setup demo test test-systems check lint types layers wheel format bench bench-systems clean
 
 help: ## these lines
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 setup: ## Debian packages (where root or sudo is at hand) and .venv with StageFS and its tools
 	@tools/setup.sh
@@ -17,6 +17,9 @@ demo: setup ## three tasks share one remote input that is fetched once; checks w
 
 test: setup ## the whole test suite; ARGS='-k name' is handed to pytest
 	@$(BIN)/pytest $(ARGS)
+
+test-systems: setup ## RADICAL-Pilot and Parsl themselves on a mount, installed into .venvs; ARGS as above
+	@tools/test_systems.sh $(ARGS)
 
 check: lint types layers wheel ## ruff, mypy, import-linter, the contents of the wheel
 
@@ -40,5 +43,8 @@ format: setup ## let ruff put the code in order
 bench: setup ## StageFS beside sshfs, rclone, s3fs, bindfs, scp and a local file, as ratios
 	@$(BIN)/python -m bench $(ARGS)
 
+bench-systems: setup ## RADICAL-Pilot and Parsl with and without StageFS; ARGS='--mib 128 --pairs 1'
+	@$(BIN)/python -m bench.systems $(ARGS)
+
 clean: ## what the targets above leave in the checkout
-	rm -rf .venv .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venvs .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,6 +12,7 @@ credential is a setting.  Values are frozen, so they may be used from any thread
 """
 
 import difflib
+import json
 import os
 import tomllib
 import types
@@ -56,6 +57,10 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``forever``, ``job`` (the batch job named in the environment) or ``pid:N``."""
     start_timeout_s: Seconds = 60.0
     """How long a daemon may take until it answers."""
+    probe_period_s: Annotated[float, msgspec.Meta(ge=0.1, extra={"unit": "seconds"})] = 5.0
+    """How often the supervisor asks the mount whether its daemon answers."""
+    probe_timeout_s: Seconds = 15.0
+    """A daemon that answers nothing for so long is replaced; 0: never."""
 
 
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +104,9 @@ class ReadSettings(msgspec.Struct, frozen=True, kw_only=True):
     small_batches_in_flight: Count = 4
     small_ahead_max: Count = 512
     """So many siblings of a small file are fetched ahead when they are opened in turn."""
+    affinity: str | None = None
+    """Where this node is, as ``datacenter/machine``: of several replicas of an object, the one
+    whose affinity shares the most leading parts with it is read."""
 
 
 class NamespaceSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +116,39 @@ class NamespaceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long the listing of a bound directory is believed."""
     default_file_mode: Mode = 0o755
     """Permission bits of files from remotes that have none (executable, so that programs run)."""
+
+
+class WorkspaceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where tasks write."""
+
+    on_write: Literal["copy-up", "read-only", "shared"] = "copy-up"
+    """What happens to a write through a link, where a sandbox says nothing else: a private copy,
+    a refusal (EROFS), or a new version for all who link it."""
+    sandbox_roots: str | None = None
+    """Patterns of directories that are sandboxes from the moment they are made, besides those in
+    tasks/; separated by commas: ``radical.pilot.sandbox/*/*/*``."""
+
+
+class StageOutSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How outputs are uploaded from the stage-out queue."""
+
+    concurrency: Count = 4
+    """Uploads at a time."""
+    attempts: Count = 5
+    """An upload that fails for a reason that may not pass is tried so often.  What waits for a
+    server that is away or full is tried for ever; what is refused, once."""
+    backoff_s: Seconds = 2.0
+    """Before the second attempt; doubles for each further one, with jitter."""
+    backoff_s_max: Seconds = 300.0
+    drain_s: Seconds = 15.0
+    """A mount that ends without `stagefs umount` uploads for so long, while anything moves."""
+    settle_s: Seconds = 1.0
+    """What is closed in a writable binding waits so long before it is queued: many programs write
+    under a temporary name first, or set times and modes afterwards."""
+    keep_s: Seconds = 7 * 24 * 3600.0
+    """Finished and cancelled uploads are listed so long; until then the latter can be retried."""
+    keep_max: Count = 1000
+    """And so many of them."""
 
 
 class SshSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +193,46 @@ class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Count | None = None
 
 
+class GsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    endpoint: str | None = None
+    credentials_file: str | None = None
+    ca_file: str | None = None
+    anonymous: bool = False
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class AzSettings(msgspec.Struct, frozen=True, kw_only=True):
+    account: str | None = None
+    endpoint: str | None = None
+    ca_file: str | None = None
+    anonymous: bool = False
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class IrodsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    environment_file: str | None = None
+    """In place of ~/.irods/irods_environment.json.  Also IRODS_ENVIRONMENT_FILE."""
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
+class CommandSettings(msgspec.Struct, frozen=True, kw_only=True):
+    programs: str | None = None
+    """A file that names the programs of ``command://NAME/`` URLs."""
+    connect_timeout_s: Seconds | None = None
+    progress_timeout_s: Seconds | None = None
+    attempts: Count | None = None
+    concurrency: Count | None = None
+
+
 class RemoteDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """For every remote; the sections below override it for one kind."""
 
@@ -164,6 +245,26 @@ class RemoteDefaults(msgspec.Struct, frozen=True, kw_only=True):
     ssh: SshSettings = SshSettings()
     http: HttpSettings = HttpSettings()
     s3: S3Settings = S3Settings()
+    gs: GsSettings = GsSettings()
+    az: AzSettings = AzSettings()
+    irods: IrodsSettings = IrodsSettings()
+    command: CommandSettings = CommandSettings()
+
+
+class BatchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What `stagefs prolog` and `stagefs epilog` keep to."""
+
+    directory: str | None = None
+    """Where the mounts of jobs are made; None: /run/stagefs as root, else the user's runtime
+    directory."""
+    prolog_deadline_s: Seconds = 300.0
+    epilog_deadline_s: Seconds = 3600.0
+    """Outputs that are not uploaded by then are kept, and the job is in error."""
+    wait_s: Seconds = 30.0
+    """A prolog waits so long for a server that is away, before the job is rescheduled."""
+    attempts: Count = 5
+    """Prologs of one job on one machine that fail for a reason that may pass; then the job is in
+    error."""
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +279,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheSettings = CacheSettings()
     read: ReadSettings = ReadSettings()
     namespace: NamespaceSettings = NamespaceSettings()
+    workspace: WorkspaceSettings = WorkspaceSettings()
+    stage_out: StageOutSettings = StageOutSettings()
     remote: RemoteDefaults = RemoteDefaults()
+    batch: BatchSettings = BatchSettings()
+    path_map: dict[str, str] = {}
+    """"host:/directory" -> the URL under which this machine reaches it."""
     log: LogSettings = LogSettings()
 
 
@@ -396,6 +502,8 @@ def _typed(key: str, raw: object, *, where: str) -> object:
             value = parse_duration(raw)
         elif isinstance(raw, str) and unit == "mode":
             value = int(raw, 8)
+        elif isinstance(raw, str) and typing.get_origin(KEYS[key]) is dict:
+            value = json.loads(raw)
         return msgspec.convert(value, KEYS[key], strict=not from_text)
     except (ValueError, msgspec.ValidationError) as exc:
         raise InvalidConfig(f"The value {raw!r} of {key} in {where} is not usable: {exc}.") from exc
@@ -433,6 +541,8 @@ def value_text(key: str, value: object) -> str:
         return f"{value:.6f}".rstrip("0").rstrip(".") + "s"
     if unit == "mode" and isinstance(value, int):
         return f"{value:04o}"
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -70,6 +70,12 @@ class ReadOnly(StageFSError):
     log_level = logging.INFO
 
 
+class NoOverwrite(ReadOnly):
+    """An object of a writable binding that replaces none.  Logged: a task sees only EROFS."""
+
+    log_level = logging.WARNING
+
+
 class Busy(StageFSError):
     errno = errno.EBUSY
     log_level = logging.INFO
@@ -107,14 +113,23 @@ class RemoteError(StageFSError):
 class RemoteUnavailable(RemoteError):
     """No connection, a broken one, or a server that says it is overloaded.
 
-    ``retry_after_s`` is the server's own wish (HTTP Retry-After), in seconds.
+    ``retry_after_s`` is the server's own wish (HTTP Retry-After), in seconds.  ``busy``: it said
+    that it is asked too much (HTTP 429, 503).
     """
 
     transient = True
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, busy: bool = False
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.busy = busy
+
+
+class RemoteDown(RemoteUnavailable):
+    """It has failed so often that it is not asked for a while.  Asking again at once cannot help,
+    later it can."""
 
 
 class DeadlineExceeded(RemoteError):
@@ -199,6 +214,13 @@ class NoSpace(StageFSError):
     """The disk of the state or scratch directory is full."""
 
     errno = errno.ENOSPC
+
+
+class TooLarge(StageFSError):
+    """A size or offset that the file system below cannot have."""
+
+    errno = errno.EFBIG
+    log_level = logging.INFO
 
 
 class NoDaemon(StageFSError):

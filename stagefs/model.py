@@ -1,6 +1,7 @@
 """The values that cross seams between modules: frozen, typed, without behaviour that does I/O."""
 
 import enum
+import functools
 import hashlib
 from typing import NewType
 
@@ -44,6 +45,21 @@ class Checksum(msgspec.Struct, frozen=True):
         return f"{self.kind}:{self.digest}"
 
 
+class OnWrite(enum.StrEnum):
+    """What writing to a linked file does.  Kept on disk: words stay."""
+
+    COPY_UP = "copy-up"
+    READ_ONLY = "read-only"
+    SHARED = "shared"
+
+
+# Asked for several times on an object's way into the cache; about a megabyte.
+@functools.lru_cache(maxsize=4096)
+def _key(url: str, version: str) -> str:
+    text = f"{url}\0{version}".encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=20).hexdigest()
+
+
 class ObjectId(msgspec.Struct, frozen=True):
     """(URL, version): names immutable bytes.  The URL is the public one, without credentials.
 
@@ -58,8 +74,7 @@ class ObjectId(msgspec.Struct, frozen=True):
     @property
     def key(self) -> str:
         """40 hex digits: the name of the cache entry."""
-        text = f"{self.url}\0{self.version}".encode("utf-8", "surrogateescape")
-        return hashlib.blake2b(text, digest_size=20).hexdigest()
+        return _key(self.url, self.version)
 
 
 class ObjectInfo(msgspec.Struct, frozen=True):

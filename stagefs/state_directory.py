@@ -6,11 +6,12 @@ is chosen, checked and made; nobody writes into it here.  All functions are sync
 quick (stat, statvfs, one read of /proc/self/mountinfo), and keep no state.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -92,6 +93,25 @@ def refuse_network(path: Path, *, what: str) -> None:
             f"The {what} directory {path} is on a network file system ({kind}), where its"
             f" database and locks do not work: name one on a local disk with --{what}."
         )
+
+
+@contextlib.contextmanager
+def acting_as(name: str, uid: int, gid: int) -> Iterator[None]:
+    """As root: with the rights and groups of a user, and so following no link that he could not.
+    Anybody else goes on as himself.  (The supervisor, which imports nothing, has its own.)"""
+    if os.geteuid() != 0 or uid == 0:
+        yield
+        return
+    groups = os.getgroups()
+    os.setgroups(os.getgrouplist(name, gid))
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 def default_state_directory(

@@ -34,6 +34,14 @@ FIGURES = pytest.StashKey[list[str]]()
 WATCHDOG_SHARE = 0.9
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-step",
+        action="store_true",
+        help="kill daemons at every durable step, not at some, and more often (tests/faults)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     directory = Path(tempfile.mkdtemp(prefix="sft."))
     directory.chmod(0o755)

@@ -5,15 +5,17 @@ daemon of a mount is stagefs.cli.cache_live.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from stagefs import __version__
-from stagefs.cli import cache_bare, cache_live
-from stagefs.cli.finding import json_option, mount_option
+from stagefs.cache.inspect import CacheDirectory
+from stagefs.cli import cache_bare, cache_live, cache_tables, cache_tending
+from stagefs.cli.finding import json_option, mount_option, target
 from stagefs.cli.main import run
+from stagefs.errors import InvalidName
 
 DAMAGE_FOUND_EXIT_CODE = 1
 
@@ -42,26 +44,65 @@ def stagefs_cache() -> None:
 
 @stagefs_cache.command("list")
 @_directory_argument
+@click.option("--glob", "pattern", metavar="PATTERN", help="Only URLs like this (* and ?).")
+@click.option("--pinned", is_flag=True, help="Only what somebody keeps.")
+@click.option("--sort", type=click.Choice(list(cache_tables.SORTS)), help="In this order.")
+@click.option("--limit", type=click.IntRange(min=0), help="At most so many.")
 @mount_option
 @json_option
-def list_entries(directory: Path | None, mountpoint: str | None, as_json: bool) -> None:
-    """List the entries, the most recently used first."""
+def list_entries(
+    *,
+    directory: Path | None,
+    pattern: str | None,
+    pinned: bool,
+    sort: str | None,
+    limit: int | None,
+    mountpoint: str | None,
+    as_json: bool,
+) -> None:
+    """List the entries."""
+    choice = cache_tables.Choice(pattern, pinned, sort, limit)
     if directory is not None:
-        cache_bare.list_directory(directory, as_json=as_json)
+        cache_bare.list_directory(directory, choice, as_json=as_json)
     else:
-        cache_live.list_entries(mountpoint, as_json=as_json)
+        cache_live.list_entries(mountpoint, choice, as_json=as_json)
 
 
 @stagefs_cache.command()
 @_directory_argument
+@click.option(
+    "--by", type=click.Choice(cache_tables.GROUPS), help="Sums by remote, by prefix, by task."
+)
 @mount_option
 @json_option
-def usage(directory: Path | None, mountpoint: str | None, as_json: bool) -> None:
+def usage(directory: Path | None, by: str | None, mountpoint: str | None, as_json: bool) -> None:
     """Show how much is cached and what it takes on disk."""
-    if directory is not None:
+    if by is not None:
+        owners = cache_tending.owners_of(cache_tending.place_of(directory, mountpoint))
+        found = cache_tables.shares(_all_entries(directory, mountpoint), owners, by)
+        cache_tables.print_shares(found, as_json=as_json)
+    elif directory is not None:
         cache_bare.show_usage(directory, as_json=as_json)
     else:
         cache_live.show_usage(mountpoint, as_json=as_json)
+
+
+def _all_entries(directory: Path | None, mountpoint: str | None) -> Iterator[cache_tables.Entry]:
+    if directory is not None:
+        yield from CacheDirectory(directory).entries()
+    else:
+        yield from target(mountpoint).client.cache_list()
+
+
+@stagefs_cache.command()
+@_directory_argument
+@click.option("--format", "form", type=click.Choice(["json", "csv"]), default="json", help="(json)")
+@mount_option
+@json_option
+def export(directory: Path | None, form: str, mountpoint: str | None, as_json: bool) -> None:
+    """Print all entries for other programs, as JSON or CSV."""
+    form = "json" if as_json else form
+    cache_tables.export(_all_entries(directory, mountpoint), form)
 
 
 @stagefs_cache.command()
@@ -80,21 +121,118 @@ def show(directory: Path | None, subject: str, mountpoint: str | None, as_json: 
 @stagefs_cache.command()
 @_directory_argument
 @click.option("--only", "subject", metavar="NAME|URL|KEY", help="On a mount: this one only.")
+@click.option(
+    "--repair", is_flag=True, help="With DIR: drop what is damaged (a mount always does)."
+)
+@click.option("--resume", is_flag=True, help="With DIR: go on where the last verify was stopped.")
 @mount_option
 @json_option
 def verify(
-    directory: Path | None, subject: str | None, mountpoint: str | None, as_json: bool
+    *,
+    directory: Path | None,
+    subject: str | None,
+    repair: bool,
+    resume: bool,
+    mountpoint: str | None,
+    as_json: bool,
 ) -> None:
     """Read everything that is cached and compare it with its hashes; exit 1 on damage.
 
     On a mount what is damaged goes at once, and is fetched again when it is read.
     """
     if directory is not None:
-        is_right = cache_bare.verify_directory(directory, as_json=as_json)
+        is_right = cache_bare.verify_directory(
+            directory, repair=repair, resume=resume, as_json=as_json
+        )
     else:
         is_right = cache_live.verify(mountpoint, subject, as_json=as_json)
     if not is_right:
         sys.exit(DAMAGE_FOUND_EXIT_CODE)
+
+
+@stagefs_cache.command()
+@_directory_argument
+@mount_option
+@json_option
+def consistency(directory: Path | None, mountpoint: str | None, as_json: bool) -> None:
+    """Compare the index with the files; exit 1 when they differ."""
+    place = cache_tending.place_of(directory, mountpoint)
+    if not cache_tending.check_consistency(place, as_json=as_json):
+        sys.exit(DAMAGE_FOUND_EXIT_CODE)
+
+
+@stagefs_cache.command()
+@_directory_argument
+@mount_option
+@json_option
+def leases(directory: Path | None, mountpoint: str | None, as_json: bool) -> None:
+    """List who keeps what in the cache, and until when."""
+    cache_tending.show_leases(cache_tending.place_of(directory, mountpoint), as_json=as_json)
+
+
+@stagefs_cache.command()
+@_directory_argument
+@click.option("--last", type=click.IntRange(min=0), help="Only so many, the newest.")
+@mount_option
+@json_option
+def history(
+    directory: Path | None, last: int | None, mountpoint: str | None, as_json: bool
+) -> None:
+    """Show what happened: evictions, damage, changes of the capacity."""
+    place = cache_tending.place_of(directory, mountpoint)
+    cache_tending.show_history(place, last=last, as_json=as_json)
+
+
+@stagefs_cache.command()
+@_directory_argument
+@click.option("--to", "size", metavar="SIZE", required=True, help="What may be left (10GiB, 0).")
+@mount_option
+@json_option
+def cleanup(directory: Path | None, size: str, mountpoint: str | None, as_json: bool) -> None:
+    """Evict, the least recently used first, until at most SIZE is left."""
+    to_bytes = cache_live.size_of(size)
+    if directory is not None:
+        cache_tending.cleanup_directory(directory, to_bytes, as_json=as_json)
+    else:
+        cache_live.cleanup(mountpoint, to_bytes, as_json=as_json)
+
+
+@stagefs_cache.command("cleanup-rate")
+@_directory_argument
+@click.option("--minutes", type=float, default=60.0, help="Of the last so many (60).")
+@mount_option
+@json_option
+def cleanup_rate(
+    directory: Path | None, minutes: float, mountpoint: str | None, as_json: bool
+) -> None:
+    """Show how much was evicted lately, and what of it more than once (thrash)."""
+    place = cache_tending.place_of(directory, mountpoint)
+    cache_tending.show_rate(place, minutes=minutes, as_json=as_json)
+
+
+@stagefs_cache.command()
+@click.argument("kind", type=click.Choice(["corrupt", "truncate", "drop-map"]))
+@click.argument("subject", metavar="NAME|URL|KEY")
+@click.option("--dir", "directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--yes", is_flag=True, help="I mean it.")
+@mount_option
+@json_option
+def chaos(
+    *,
+    kind: str,
+    subject: str,
+    directory: Path | None,
+    yes: bool,
+    mountpoint: str | None,
+    as_json: bool,
+) -> None:
+    """For drills: damage what is cached of one object, as a bad disk would.
+
+    Readers must see nothing of it: what is damaged is found and fetched again.
+    """
+    if not yes:
+        raise InvalidName("This damages the cache on purpose: say --yes.")
+    cache_tending.drill(directory, mountpoint, subject, kind, as_json=as_json)
 
 
 @stagefs_cache.command()
@@ -137,11 +275,15 @@ def warm(subjects: tuple[str, ...], mountpoint: str | None, as_json: bool) -> No
 
 
 @stagefs_cache.command()
-@click.argument("size", metavar="[SIZE]", required=False)
+@click.argument("size", metavar="[SIZE|default]", required=False)
 @mount_option
 @json_option
 def capacity(size: str | None, mountpoint: str | None, as_json: bool) -> None:
-    """Show how large the cache of a mount may grow, or set it for as long as its daemon lives."""
+    """Show how large the cache of a mount may grow, or set it.
+
+    What is set holds for later daemons and mounts, too, until `default`, or until another
+    capacity is configured.
+    """
     cache_live.capacity(mountpoint, size, as_json=as_json)
 
 

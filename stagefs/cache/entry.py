@@ -18,6 +18,7 @@ Concurrency, the rules that make every byte right without a lock on the read pat
   file is closed when nobody does, so a descriptor is never another file's.
 """
 
+import abc
 import contextlib
 import os
 import threading
@@ -25,8 +26,8 @@ from collections import deque
 from itertools import count
 
 from stagefs.cache import layout
-from stagefs.cache.file_system import allocated_bytes, punch, read_fully, write_fully
-from stagefs.cache.hashing import slot_of
+from stagefs.cache.file_system import allocated_bytes, punch, read_fully, reserve, write_fully
+from stagefs.cache.hashing import PassingSlots, slot_of
 from stagefs.cache.index import IndexRow
 from stagefs.cache.ledger import Ledger
 from stagefs.errors import CacheFailed
@@ -37,6 +38,10 @@ ABSENT, PRESENT, VERIFIED = 0, 1, 2
 # One run of commits is punched as a whole; it is kept short so that order of arrival holds.
 _RUN_CHUNKS_MAX = 16
 _arrival_numbers = count(1)
+
+
+def _unseen(_chunk: int) -> None:
+    """No chunk has passed through memory."""
 
 
 class OpenFile:
@@ -67,7 +72,7 @@ class Arrival:
         self.count = count
 
 
-class Entry:
+class Entry(abc.ABC):
     """The common face.  Sizes and offsets in bytes; ``base`` is where object byte 0 lies in
     ``fd``.  ``holds`` counts those who need the entry to stay (cache.hold, cache.drop)."""
 
@@ -161,6 +166,7 @@ class Entry:
         return all(right)
 
     def _verify_one(self, chunk: int) -> bool:
+        damaged = False
         while self.state[chunk] == PRESENT:
             epoch = self.epoch
             try:
@@ -177,18 +183,31 @@ class Entry:
                     self._forget_slots(chunk, 1)
                     self.state[chunk] = ABSENT
                     self.epoch = next(self._epochs)
+                    damaged = True
+        if damaged:
+            self._lost_chunks()
         return self.state[chunk] == VERIFIED
 
-    def commit(self, first_chunk: int, count: int = 1) -> None:
-        """Take in chunks whose data has been written to ``fd``: hash them from there and write
-        their slots.  After this a kill -9 keeps them.  Chunks not ABSENT are left alone.
-        Blocking.  Raises CacheFailed."""
+    def commit(
+        self, first_chunk: int, count: int = 1, *, passing: PassingSlots | None = None
+    ) -> None:
+        """Take in chunks whose data has been written to ``fd``: write their slots, those that
+        ``passing`` has not seen hashed from the file.  After this a kill -9 keeps them.  Chunks
+        not ABSENT are left alone.  Blocking.  Raises CacheFailed."""
         wanted = [c for c in range(first_chunk, first_chunk + count) if self.state[c] == ABSENT]
+        seen = passing.take if passing is not None else _unseen
         try:
-            hashes = [self._hash_chunk(chunk) for chunk in wanted]
+            hashes = [seen(chunk) or self._hash_chunk(chunk) for chunk in wanted]
         except OSError as exc:
             raise self._failed(exc) from exc
         self._enter(wanted, hashes)
+
+    def reserve(self, first_chunk: int, count: int) -> None:
+        """Set disk blocks aside for chunks that are about to be fetched, if that helps.  Blocking;
+        follow it with ``give_back`` of those that did not come."""
+
+    def give_back(self, chunks: list[int]) -> None:
+        """Free the blocks that ``reserve`` set aside for chunks that nobody fetches.  Blocking."""
 
     def commit_data(self, chunk: int, data: bytes | bytearray | memoryview) -> None:
         """Write and take in one whole chunk that is at hand.  Blocking.  Raises CacheFailed."""
@@ -255,24 +274,32 @@ class Entry:
 
     # What the two kinds do differently.
 
-    def index_row(self) -> IndexRow | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def index_row(self) -> IndexRow | None: ...
 
-    def _slot(self, chunk: int) -> int:
-        raise NotImplementedError
+    def hashes(self) -> list[tuple[int, int]]:
+        """(chunk, its xxh3-64; 1 stands for 0 too) of all that are here.  Blocking."""
+        here = [chunk for chunk in range(self.chunk_count) if self.state[chunk] != ABSENT]
+        return [(chunk, self._slot(chunk)) for chunk in here]
 
-    def _write_slots(self, chunks: list[int], hashes: list[int]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _slot(self, chunk: int) -> int: ...
 
+    @abc.abstractmethod
+    def _write_slots(self, chunks: list[int], hashes: list[int]) -> None: ...
+
+    @abc.abstractmethod
     def _forget_slots(self, first: int, count: int) -> None:
         """Best effort: a slot that stays behind is found wrong, or right, when it is verified."""
-        raise NotImplementedError
 
-    def _arrived(self, chunks: list[int]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _arrived(self, chunks: list[int]) -> None: ...
 
-    def _unname(self) -> None:
-        raise NotImplementedError
+    def _lost_chunks(self) -> None:
+        """Damaged chunks are gone: the books are to know."""
+
+    @abc.abstractmethod
+    def _unname(self) -> None: ...
 
 
 class ObjectFile(Entry):
@@ -353,6 +380,20 @@ class ObjectFile(Entry):
                 self._ledger.place(self, self._incoming)
             self.is_placed = True
 
+    def reserve(self, first_chunk: int, count: int) -> None:
+        start = first_chunk << self.chunk_shift
+        stop = min((first_chunk + count) << self.chunk_shift, self.size_bytes)
+        reserve(self.fd, start, stop - start)
+
+    def give_back(self, chunks: list[int]) -> None:
+        for chunk in chunks:
+            with self._lock:
+                if self.state[chunk] == ABSENT:
+                    with contextlib.suppress(OSError):
+                        self._punch_data(chunk)
+        if self.is_placed:
+            self._account()
+
     def _forget_slots(self, first: int, count: int) -> None:
         if self.is_placed:
             with contextlib.suppress(OSError):
@@ -377,6 +418,10 @@ class ObjectFile(Entry):
                 else:
                     arrivals.append(Arrival(next(_arrival_numbers), chunk, 1))
         self._account()
+
+    def _lost_chunks(self) -> None:
+        if self.is_placed:
+            self._ledger.note_growing(self)
 
     def _account(self) -> None:
         with self._lock:
@@ -433,15 +478,18 @@ class ObjectFile(Entry):
 
     def _punch_one(self, chunk: int) -> None:
         self._forget_slots(chunk, 1)
-        start = chunk << self.chunk_shift
-        stop = min(start + self.chunk_bytes, layout.trailer_offset(self.size_bytes))
         try:
-            punch(self.fd, start, stop - start)
+            self._punch_data(chunk)
         except OSError as exc:
             raise self._failed(exc) from exc
         self.state[chunk] = ABSENT
         self.epoch = next(self._epochs)
         self._ledger.note_eviction(self.key, chunk)
+
+    def _punch_data(self, chunk: int) -> None:
+        start = chunk << self.chunk_shift
+        stop = min(start + self.chunk_bytes, layout.trailer_offset(self.size_bytes))
+        punch(self.fd, start, stop - start)
 
     def retire(self) -> None:
         """Say that the file is losing its name: it is being evicted as a whole.  Trio thread."""

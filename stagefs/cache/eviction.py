@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from stagefs.cache import layout
 from stagefs.cache.entry import ObjectFile
 from stagefs.cache.file_system import read_fully, write_fully
+from stagefs.cache.history import Event
 from stagefs.cache.index import IndexRow, Place
 from stagefs.cache.leases import Leases
 from stagefs.cache.ledger import Ledger
@@ -48,6 +49,7 @@ class Plan:
     held: set[str] = field(default_factory=set)
     used_at: dict[str, int] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    asked_by: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.files or self.segments or self.records or self.runs)
@@ -85,7 +87,7 @@ class Eviction:
     def plan_of(self, keys: Iterable[str]) -> Plan:
         """Remove exactly these entries, but for those held or leased (``Plan.kept``).  Raises
         CacheFailed."""
-        plan = Plan()
+        plan = Plan(asked_by="an administrator")
         for key in keys:
             row = self._row(key)
             if row is None:
@@ -209,14 +211,14 @@ class Eviction:
     def carry_out(self, plan: Plan) -> int:
         """Remove what the plan says; returns the bytes freed.  What fails stays in the books
         and is chosen again."""
-        freed = sum(self._remove_file(key, disk_bytes) for key, disk_bytes in plan.files)
+        freed = sum(self._remove_file(plan, *file) for file in plan.files)
         for number in plan.segments:
             try:
                 freed += self._remove_segment(number, plan)
             finally:
                 self._leaving_segments.discard(number)
         for row in plan.records:
-            self._remove_record(row)
+            self._remove_record(plan, row)
         for entry, first, count in plan.runs:
             with contextlib.suppress(CacheFailed):
                 punched = entry.punch(first, count)
@@ -226,10 +228,14 @@ class Eviction:
         plan.runs.clear()
         self._ledger.flush()
         self._ledger.count("evicted_bytes", freed)
+        self._ledger.write_events()
         return freed
 
-    def _remove_file(self, key: str, disk_bytes: int) -> int:
+    def _remove_file(self, plan: Plan, key: str, disk_bytes: int) -> int:
         name = self._ledger.paths.object_file(key)
+        row = None
+        with contextlib.suppress(CacheFailed):
+            row = self._row(key)
         fd = -1
         try:
             # With the file open, unlink is quick; the blocks are freed by close, outside the lock.
@@ -252,7 +258,13 @@ class Eviction:
         self._ledger.add_used(-disk_bytes)
         self._ledger.count("evicted_entries")
         self._ledger.note_eviction(key)
+        self._note_event(plan, key, row, disk_bytes)
         return disk_bytes
+
+    def _note_event(self, plan: Plan, key: str, row: IndexRow | None, disk_bytes: int) -> None:
+        url = "" if row is None else row.url.decode("utf-8", "replace")
+        event = Event(self._ledger.clock(), "evicted", key, url, disk_bytes, plan.asked_by)
+        self._ledger.note_event(event)
 
     def _remove_segment(self, number: int, plan: Plan) -> int:
         self._segments.seal(number)
@@ -279,6 +291,7 @@ class Eviction:
                 freed -= row.disk_bytes
             else:
                 self._ledger.note_eviction(row.key.hex())
+                self._note_event(plan, row.key.hex(), row, row.disk_bytes)
         self._ledger.count("evicted_entries", len(rows) - len(moved))
         return max(0, freed)
 
@@ -318,7 +331,7 @@ class Eviction:
         places = self._segments.append(records)
         return [(row.key, row.offset, place) for row, place in zip(rows, places, strict=True)]
 
-    def _remove_record(self, row: IndexRow) -> None:
+    def _remove_record(self, plan: Plan, row: IndexRow) -> None:
         """Mark a record dead, so that a rebuild does not bring it back; its space goes with its
         segment."""
         with contextlib.suppress(OSError):
@@ -326,3 +339,4 @@ class Eviction:
         gone = [(row.key, row.segment, row.offset)]
         self._ledger.tolerate(lambda: self._ledger.index.remove_packed(gone))
         self._ledger.count("evicted_entries")
+        self._note_event(plan, row.key.hex(), row, row.disk_bytes)

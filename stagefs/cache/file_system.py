@@ -31,6 +31,12 @@ def punch(fd: int, start: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def reserve(fd: int, start: int, length: int) -> None:
+    """Have blocks set aside for a span that is about to be written: the file system then does
+    not look for them page by page.  Where it cannot, or will not, nothing happens."""
+    _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, start, length)
+
+
 def allocated_bytes(status: os.stat_result) -> int:
     """What the file really takes on disk (st_blocks is in units of 512 bytes everywhere)."""
     return status.st_blocks * 512

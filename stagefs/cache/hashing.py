@@ -1,4 +1,5 @@
-"""Hashing a span of an open file: what a chunk's slot is compared with.
+"""Hashing a span of an open file, or bytes on their way into it: what a chunk's slot is
+compared with.
 
 Reads through a buffer of the thread's own.  Not mmap: a file that is cut short while it is
 mapped kills the process with SIGBUS.  xxhash lets other threads run while it works.
@@ -33,3 +34,53 @@ def slot_of(fd: int, offset: int, length: int) -> int:
         digest.update(view[:got])
         done += got
     return digest.intdigest() or 1
+
+
+class PassingSlots:
+    """Slots of the chunks of one object whose bytes pass by in memory before anyone asks.
+
+    ``passed`` is called by one thread at a time; ``take`` by any.
+    """
+
+    __slots__ = ("_chunk_bytes", "_digest", "_next", "_size_bytes", "_slots")
+
+    def __init__(self, *, size_bytes: int, chunk_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._chunk_bytes = chunk_bytes
+        self._slots: dict[int, int] = {}
+        self._digest = xxhash.xxh3_64()
+        # Up to where the digest's chunk is complete; -1: no chunk has been seen from its start.
+        self._next = -1
+
+    def passed(self, start: int, data: memoryview) -> None:
+        """``data`` was written at byte ``start``.  A chunk that is not seen whole and in order gets
+        no slot, and loses one that it had."""
+        while data:
+            chunk, within = divmod(start, self._chunk_bytes)
+            stop = min((chunk + 1) * self._chunk_bytes, self._size_bytes)
+            piece = data[: max(stop - start, 0)]
+            if not piece:
+                return
+            self._pass(chunk, start, piece, first=not within, last=start + len(piece) == stop)
+            start += len(piece)
+            data = data[len(piece) :]
+
+    def _pass(self, chunk: int, start: int, piece: memoryview, *, first: bool, last: bool) -> None:
+        if first:
+            self._slots.pop(chunk, None)
+            if last:
+                self._slots[chunk] = xxhash.xxh3_64_intdigest(piece) or 1
+                return
+            self._digest.reset()
+        elif start != self._next:
+            self._slots.pop(chunk, None)
+            self._next = -1
+            return
+        self._digest.update(piece)
+        self._next = start + len(piece)
+        if last:
+            self._slots[chunk] = self._digest.intdigest() or 1
+
+    def take(self, chunk: int) -> int | None:
+        """The slot of a chunk, once; None when it has to be read back."""
+        return self._slots.pop(chunk, None)

@@ -11,6 +11,7 @@ may lose the index.
 """
 
 import contextlib
+import itertools
 import os
 import sqlite3
 import threading
@@ -65,6 +66,10 @@ END;
 
 _INSERT = """INSERT INTO entries (key, url, version, size_bytes, disk_bytes, cached_bytes, segment,
     offset, used_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# All at once: each statement takes the interpreter away from the event loop for a moment.
+_ROWS_AT_ONCE = 64
+_KEYS_AT_ONCE = 512
+_INSERT_MANY = _INSERT + ", (?, ?, ?, ?, ?, ?, ?, ?, ?)" * (_ROWS_AT_ONCE - 1)
 _REPLACE = """ ON CONFLICT (key) DO UPDATE SET size_bytes = excluded.size_bytes,
     disk_bytes = excluded.disk_bytes, cached_bytes = excluded.cached_bytes,
     segment = excluded.segment, offset = excluded.offset,
@@ -198,6 +203,20 @@ class Index:
             ).fetchone()
         return None if row is None else Place(*row)
 
+    def packed_of(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Which of these have a packed record."""
+        found: set[bytes] = set()
+        with self._translated("read"):
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                some = keys[start : start + _KEYS_AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                rows = self._reader.execute(
+                    f"SELECT key FROM entries WHERE key IN ({marks}) AND segment > 0",  # noqa: S608
+                    some,
+                )
+                found.update(key for (key,) in rows.fetchall())
+        return found
+
     def oldest(self, limit: int, *, after: tuple[int, int]) -> list[tuple[int, IndexRow]]:
         """Up to ``limit`` (id, row) in order of last use, beginning after (used_at, id)."""
         with self._translated("read"):
@@ -237,7 +256,11 @@ class Index:
         """One transaction: removed rows go, then rows come, then recency and facts are set."""
         with self._transaction() as connection:
             connection.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in removed])
-            connection.executemany(_INSERT + _REPLACE, rows)
+            many = len(rows) - len(rows) % _ROWS_AT_ONCE
+            for start in range(0, many, _ROWS_AT_ONCE):
+                values = itertools.chain.from_iterable(rows[start : start + _ROWS_AT_ONCE])
+                connection.execute(_INSERT_MANY + _REPLACE, tuple(values))
+            connection.executemany(_INSERT + _REPLACE, rows[many:])
             connection.executemany(
                 "UPDATE entries SET used_at = ? WHERE key = ?", [(at, key) for key, at in used]
             )

@@ -91,11 +91,13 @@ class DirectoryUsage(msgspec.Struct, frozen=True):
 
 
 class Verifying(msgspec.Struct, frozen=True):
-    """How far ``verify`` is: bytes of chunks read, of all that are present, and entries done."""
+    """How far ``verify`` is: bytes of chunks read, of all that are present, and entries done.
+    ``after``: a verify that begins behind it goes on here; empty in the middle of an entry."""
 
     entries: int
     done_bytes: int
     total_bytes: int
+    after: str = ""
 
 
 class FoundDamage(msgspec.Struct, frozen=True):
@@ -258,23 +260,27 @@ class CacheDirectory:
 
     # Verifying.
 
-    def verify(self) -> Generator[Verifying | FoundDamage, None, None]:
-        """Hash everything that is present and compare; reads the whole cache.  Progress comes
-        after each chunk and each segment, and once at the end."""
+    def verify(self, *, after: str = "") -> Generator[Verifying | FoundDamage, None, None]:
+        """Hash everything that is present and compare; reads the whole cache, or what comes after
+        ``Verifying.after`` of an earlier call.  Progress comes after each chunk and each segment,
+        and once at the end."""
         total_bytes = sum(row.cached_bytes for row in self._rows())
         entries = done_bytes = 0
-        for step in self._verify_steps():
+        for step in self._verify_steps(after):
             if isinstance(step, FoundDamage):
                 yield step
                 continue
-            finished, read_bytes = step
+            finished, read_bytes, reached = step
             entries += finished
             done_bytes += read_bytes
-            yield Verifying(entries, done_bytes, max(total_bytes, done_bytes))
+            yield Verifying(entries, done_bytes, max(total_bytes, done_bytes), reached)
 
-    def _verify_steps(self) -> "Iterator[FoundDamage | tuple[int, int]]":
-        """Damage, or (entries finished, bytes read)."""
+    def _verify_steps(self, after: str) -> "Iterator[FoundDamage | tuple[int, int, str]]":
+        """Damage, or (entries finished, bytes read, place).  Objects in the order of their keys,
+        then segments, whose places begin with ``s``: behind every key."""
         for key, path in object_files(self._paths):
+            if key <= after:
+                continue
             try:
                 with opened(path) as fd:
                     yield from _verify_object(fd, path, key)
@@ -282,17 +288,19 @@ class CacheDirectory:
                 continue
             except OSError as exc:
                 yield FoundDamage(str(path), f"cannot be read: {exc.strerror}", key)
-        for _, path in segment_files(self._paths):
+        for number, path in segment_files(self._paths):
+            if (place := f"s{number:06d}") <= after:
+                continue
             try:
                 with opened(path) as fd:
-                    yield from _verify_segment(fd, path)
+                    yield from _verify_segment(fd, path, place)
             except FileNotFoundError:
                 continue
             except OSError as exc:
                 yield FoundDamage(str(path), f"cannot be read: {exc.strerror}")
 
 
-def _verify_object(fd: int, path: Path, key: str) -> "Iterator[FoundDamage | tuple[int, int]]":
+def _verify_object(fd: int, path: Path, key: str) -> "Iterator[FoundDamage | tuple[int, int, str]]":
     try:
         found = read_open_object(fd, key)
     except DamagedEntry as exc:
@@ -306,8 +314,8 @@ def _verify_object(fd: int, path: Path, key: str) -> "Iterator[FoundDamage | tup
             if not _is_right(fd, start, length, slot) and _still(fd, found, chunk, slot):
                 url = header.object_id.url
                 yield FoundDamage(str(path), "the chunk is not what was fetched", key, url, chunk)
-            yield 0, length
-    yield 1, 0
+            yield 0, length, ""
+    yield 1, 0, key
 
 
 def _is_right(fd: int, start: int, length: int, slot: int) -> bool:
@@ -323,7 +331,9 @@ def _still(fd: int, found: ObjectMap, chunk: int, slot: int) -> bool:
     return os.pread(fd, layout.SLOT.size, place) == layout.SLOT.pack(slot)
 
 
-def _verify_segment(fd: int, path: Path) -> "Iterator[FoundDamage | tuple[int, int]]":
+def _verify_segment(
+    fd: int, path: Path, place: str
+) -> "Iterator[FoundDamage | tuple[int, int, str]]":
     entries = read_bytes = 0
     for record in scan(fd):
         if record is None:
@@ -335,7 +345,7 @@ def _verify_segment(fd: int, path: Path) -> "Iterator[FoundDamage | tuple[int, i
                 object_id = record.header.object_id
                 reason = "the record is not what was fetched"
                 yield FoundDamage(str(path), reason, object_id.key, object_id.url, 0)
-    yield entries, read_bytes
+    yield entries, read_bytes, place
 
 
 def _not_a_cache(directory: Path) -> UnsuitableState:

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -57,6 +57,8 @@ class Leases:
         self._clock = clock
         self._lock = threading.Lock()
         self._leases: dict[str, dict[str, Lease]] = {}
+        # A sandbox that ends must not look at the leases of all others.
+        self._keys_of: dict[str, set[str]] = {}
         try:
             self._connection = self._connect()
         except sqlite3.DatabaseError as exc:
@@ -79,6 +81,7 @@ class Leases:
             connection.executescript(_SCHEMA)
             for lease in _read(connection):
                 self._leases.setdefault(lease.key, {})[lease.owner] = lease
+                self._keys_of.setdefault(lease.owner, set()).add(lease.key)
         except sqlite3.Error:
             connection.close()
             raise
@@ -109,25 +112,31 @@ class Leases:
                 # A new dict each time: covers() reads without the lock.
                 before = self._leases.get(lease.key, {})
                 self._leases[lease.key] = {**before, owner: lease}
+                self._keys_of.setdefault(owner, set()).add(lease.key)
 
     def unpin(self, keys: Iterable[str] | None, *, owner: str | None = None) -> int:
         """End the leases on ``keys`` (None: on all keys) of ``owner`` (None: of everybody);
         returns how many.  Blocking.  Raises CacheFailed."""
-        wanted = None if keys is None else set(keys)
-        return self._end(
-            lambda lease: (
-                (wanted is None or lease.key in wanted) and (owner is None or lease.owner == owner)
-            )
-        )
+        with self._lock:
+            wanted = self._leases.keys() if keys is None else set(keys)
+            if owner is not None:
+                wanted = self._keys_of.get(owner, set()) & wanted
+            ended = [
+                lease
+                for key in wanted
+                for lease in self._leases.get(key, {}).values()
+                if owner in (None, lease.owner)
+            ]
+        return self._end(ended)
 
     def expire(self) -> int:
         """Forget the leases that have ended; returns how many.  Blocking.  Raises CacheFailed."""
         now = self._clock()
-        return self._end(lambda lease: lease.has_ended(now))
-
-    def _end(self, is_over: Callable[[Lease], bool]) -> int:
         with self._lock:
-            ended = [lease for lease in self._all() if is_over(lease)]
+            ended = [lease for lease in self._all() if lease.has_ended(now)]
+        return self._end(ended)
+
+    def _end(self, ended: Sequence[Lease]) -> int:
         if not ended:
             return 0
         with self._writing() as connection:
@@ -142,6 +151,10 @@ class Leases:
                     self._leases[lease.key] = left
                 else:
                     self._leases.pop(lease.key, None)
+                keys = self._keys_of.get(lease.owner, set())
+                keys.discard(lease.key)
+                if not keys:
+                    self._keys_of.pop(lease.owner, None)
         return len(ended)
 
     @contextlib.contextmanager
@@ -166,6 +179,15 @@ class Leases:
         now = self._clock()
         owners = self._leases.get(key, {})
         return [lease for lease in owners.values() if not lease.has_ended(now)]
+
+    def owners(self) -> "list[str]":
+        """Everybody who has leases.  Any thread."""
+        with self._lock:
+            return [*self._keys_of]
+
+    def count_of(self, owner: str) -> int:
+        """Leases of one owner.  Any thread."""
+        return len(self._keys_of.get(owner, ()))
 
     def count(self) -> int:
         """Leases, those included that ended since the last ``expire``.  Any thread."""

@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from stagefs.cache.file_system import allocated_bytes
+from stagefs.cache.history import Event, write_events
 from stagefs.cache.index import Index, IndexRow, Place, segment_end
 from stagefs.cache.journal import GrowthJournal
 from stagefs.cache.layout import Paths
@@ -78,6 +79,7 @@ class Ledger:
         self._removed: set[str] = set()
         self._used_at: dict[str, int] = {}
         self._evictions: OrderedDict[tuple[str, int], float] = OrderedDict()
+        self._events: list[Event] = []
 
     # Bytes and counters.
 
@@ -235,6 +237,17 @@ class Ledger:
             self._evictions.move_to_end((key, chunk))
             if len(self._evictions) > _EVICTIONS_REMEMBERED_MAX:
                 self._evictions.popitem(last=False)
+
+    def note_event(self, event: Event) -> None:
+        """For the history; written by ``write_events``."""
+        with self._lock:
+            self._events.append(event)
+
+    def write_events(self) -> None:
+        """Blocking."""
+        with self._lock:
+            events, self._events = self._events, []
+        write_events(self.paths.directory, events)
 
     def note_refetch(self, key: str, chunk: int = -1) -> None:
         if not self._evictions:

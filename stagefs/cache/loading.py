@@ -6,6 +6,7 @@ Concurrency: the trio thread; an open and a few small reads.
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 from stagefs.cache import layout, rebuild
 from stagefs.cache.entry import Entry, ObjectFile, OpenFile
@@ -29,6 +30,16 @@ class Loading:
         if size_bytes <= PACKED_BYTES_MAX:
             entry = self._load_record(object_id, key)
         return entry or self._load_file(object_id, key)
+
+    def absent(self, keys: Sequence[str]) -> set[str]:
+        """Those of which nothing is on disk for certain: cheaper than to ``load`` each in vain."""
+        try:
+            found = self._ledger.index.packed_of([bytes.fromhex(key) for key in keys])
+        except CacheFailed:
+            return set()
+        packed = {key.hex() for key in found}
+        name = self._ledger.paths.object_file
+        return {key for key in keys if key not in packed and not os.access(name(key), os.F_OK)}
 
     def _load_record(self, object_id: ObjectId, key: str) -> Entry | None:
         try:

@@ -179,6 +179,10 @@ class Cache:
             return None
         return entry
 
+    def absent(self, keys: Sequence[str]) -> set[str]:
+        """Those of many keys of which the cache holds nothing for certain.  Trio thread."""
+        return self._loading.absent([key for key in keys if self._entries.get(key) is None])
+
     def create(
         self,
         object_id: ObjectId,
@@ -335,6 +339,10 @@ class Cache:
             total += freed
         return total
 
+    def plan_freeing(self, wanted_bytes: int) -> Plan | None:
+        """Choose what to evict to free so much, whatever the capacity is.  Trio thread."""
+        return self._plan(lambda: self._eviction.plan(wanted_bytes)) or None
+
     def plan_eviction(self, keys: Iterable[str]) -> Plan | None:
         """Evict exactly these; those held or leased stay and are named in ``Plan.kept``.  None
         when there is none of them.  Trio thread.  Then ``carry_out`` in a worker."""
@@ -356,6 +364,13 @@ class Cache:
 
     def leases(self) -> list[Lease]:
         return self._leases.list()
+
+    def lease_owners(self) -> list[str]:
+        """Everybody who keeps something."""
+        return self._leases.owners()
+
+    def leases_held_by(self, owner: str) -> int:
+        return self._leases.count_of(owner)
 
     def leases_of(self, key: str) -> list[Lease]:
         return self._leases.of(key)

@@ -1,7 +1,8 @@
 """stagefs-cache on a bare cache directory: list, usage, show, verify, without any daemon."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import os
+import time
 from pathlib import Path
 
 import click
@@ -11,10 +12,11 @@ from stagefs.cache.inspect import (
     CacheDirectory,
     DirectoryUsage,
     EntryDetail,
-    EntrySummary,
     FoundDamage,
     Verifying,
 )
+from stagefs.cli.cache_tables import Choice, entry_table
+from stagefs.cli.cache_tending import repair_directory
 from stagefs.cli.output import (
     human,
     print_json,
@@ -24,9 +26,12 @@ from stagefs.cli.output import (
     shown_name,
     when,
 )
-from stagefs.staging.values import CacheEntry, Progress
+from stagefs.staging.values import Progress
 
 MAP_COLUMNS = 64
+# A verify that is stopped loses at most so much of its work.
+POSITION_WRITTEN_S = 2.0
+POSITION_NAME = "verify.position"
 # How much of a column of the chunk map is here: nothing, a part, all.
 MAP_NOTHING, MAP_PART, MAP_ALL = ".+#"
 
@@ -37,23 +42,13 @@ class VerifiedDirectory(msgspec.Struct, frozen=True):
     damaged: list[FoundDamage]
 
 
-def list_directory(directory: Path, *, as_json: bool) -> None:
-    entries = CacheDirectory(directory).entries()
+def list_directory(directory: Path, choice: Choice, *, as_json: bool) -> None:
+    entries = choice.of(CacheDirectory(directory).entries())
     if as_json:
         print_json_list(entries)
         return
     for text in entry_table(entries):
         click.echo(text)
-
-
-def entry_table(entries: Iterable[EntrySummary | CacheEntry]) -> Iterator[str]:
-    yield f"{'cached':>10}  {'of':>10}  {'last used':<19}  {'':1} {'key':<40}  URL"
-    for entry in entries:
-        pin = "P" if entry.pinned else ""
-        yield (
-            f"{human(entry.cached_bytes):>10}  {human(entry.size_bytes):>10}"
-            f"  {when(entry.used_ns):<19}  {pin:1} {entry.key}  {shown_name(entry.url)}"
-        )
 
 
 def show_usage(directory: Path, *, as_json: bool) -> None:
@@ -138,26 +133,77 @@ def _column_span(column: int, columns: int, chunk_count: int) -> tuple[int, int]
     return -(-column * chunk_count // columns), -(-(column + 1) * chunk_count // columns)
 
 
-def verify_directory(directory: Path, *, as_json: bool) -> bool:
-    """True when everything is as it was fetched."""
-    damaged: list[FoundDamage] = []
+class _Position(msgspec.Struct, frozen=True):
+    """Where a verify that was stopped goes on: behind this entry, with what it had found."""
+
+    after: str
+    entries: int
+    bytes_read: int
+    damaged: list[FoundDamage]
+
+
+def verify_directory(
+    directory: Path, *, repair: bool = False, resume: bool = False, as_json: bool
+) -> bool:
+    """True when everything is as it was fetched.  ``resume``: go on where the last one stopped, if
+    it was stopped; ``repair``: drop what is damaged (no daemon may have the directory open)."""
+    begin = _read_position(directory) if resume else None
+    damaged: list[FoundDamage] = [*begin.damaged] if begin else []
+    entries, read_bytes = (begin.entries, begin.bytes_read) if begin else (0, 0)
     reached = Verifying(entries=0, done_bytes=0, total_bytes=0)
-    steps = CacheDirectory(directory).verify()
+    steps = CacheDirectory(directory).verify(after=begin.after if begin else "")
+    written_s = time.monotonic()
     with contextlib.closing(steps), progress_bar(quiet=as_json) as draw:
         for step in steps:
             if isinstance(step, FoundDamage):
                 damaged.append(step)
-            else:
-                reached = step
-                draw(Progress("verify", step.done_bytes, step.total_bytes))
+                continue
+            reached = step
+            draw(Progress("verify", read_bytes + step.done_bytes, step.total_bytes))
+            if step.after and time.monotonic() - written_s > POSITION_WRITTEN_S:
+                written_s = time.monotonic()
+                _write_position(
+                    directory,
+                    _Position(
+                        step.after, entries + step.entries, read_bytes + step.done_bytes, damaged
+                    ),
+                )
+    (directory / POSITION_NAME).unlink(missing_ok=True)
+    found = VerifiedDirectory(entries + reached.entries, read_bytes + reached.done_bytes, damaged)
     if as_json:
-        print_json(VerifiedDirectory(reached.entries, reached.done_bytes, damaged))
+        print_json(found)
+    else:
+        _tell_verified(found)
+    if not damaged or not repair:
         return not damaged
-    for each in damaged:
+    repaired = repair_directory(directory, {each.key for each in damaged if each.key})
+    if not as_json:
+        click.echo(
+            f"{repaired} entries repaired: what was damaged is fetched again when it is read"
+        )
+    return repaired == len({each.key for each in damaged})
+
+
+def _tell_verified(found: VerifiedDirectory) -> None:
+    for each in found.damaged:
         chunk = "" if each.chunk is None else f", chunk {each.chunk}"
         url = "" if each.url is None else f" ({shown_name(each.url)})"
         click.echo(f"damaged: {each.path}{chunk}{url}: {each.reason}")
     click.echo(
-        f"{reached.entries} entries, {human(reached.done_bytes)} read, {len(damaged)} damaged"
+        f"{found.entries} entries, {human(found.bytes_read)} read, {len(found.damaged)} damaged"
     )
-    return not damaged
+
+
+def _read_position(directory: Path) -> _Position | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode((directory / POSITION_NAME).read_bytes(), type=_Position)
+    return None
+
+
+def _write_position(directory: Path, position: _Position) -> None:
+    """Where the directory cannot be written, a verify begins anew the next time."""
+    path = directory / POSITION_NAME
+    with contextlib.suppress(OSError):
+        made = path.with_name(f".{POSITION_NAME}.{os.getpid()}")
+        made.write_bytes(msgspec.json.encode(position))
+        made.replace(path)

@@ -2,7 +2,7 @@
 
 import click
 
-from stagefs.cli.cache_bare import entry_table
+from stagefs.cli.cache_tables import Choice, entry_table
 from stagefs.cli.finding import Target, target
 from stagefs.cli.output import (
     human,
@@ -24,8 +24,8 @@ def subject_of(chosen: Target, text: str) -> str:
     return chosen.path(text) if is_path or text.startswith("staging:") else text
 
 
-def list_entries(mountpoint: str | None, *, as_json: bool) -> None:
-    entries = target(mountpoint).client.cache_list()
+def list_entries(mountpoint: str | None, choice: Choice, *, as_json: bool) -> None:
+    entries = choice.of(target(mountpoint).client.cache_list())
     if as_json:
         print_json_list(entries)
         return
@@ -147,14 +147,30 @@ def warm(mountpoint: str | None, subjects: tuple[str, ...], *, as_json: bool) ->
         click.echo(f"{warmed.entries} files cached, {human(warmed.bytes_total)}")
 
 
-def capacity(mountpoint: str | None, size: str | None, *, as_json: bool) -> None:
+def size_of(text: str) -> int:
+    """Raises InvalidName."""
     try:
-        capacity_bytes = None if size is None else parse_size(size)
+        return parse_size(text)
     except ValueError as exc:
         raise InvalidName(f"{exc}.") from exc
+
+
+def cleanup(mountpoint: str | None, to_bytes: int, *, as_json: bool) -> None:
     chosen = target(mountpoint)
     with progress_bar(quiet=as_json) as progress:
-        usage = chosen.client.cache_capacity(capacity_bytes, progress=progress)
+        usage = chosen.client.cache_cleanup(to_bytes, progress=progress)
+    if as_json:
+        print_json(usage)
+    else:
+        click.echo(f"{human(usage.used_bytes)} in {usage.entries} entries are left")
+
+
+def capacity(mountpoint: str | None, size: str | None, *, as_json: bool) -> None:
+    is_default = size == "default"
+    capacity_bytes = None if size is None or is_default else size_of(size)
+    chosen = target(mountpoint)
+    with progress_bar(quiet=as_json) as progress:
+        usage = chosen.client.cache_capacity(capacity_bytes, default=is_default, progress=progress)
     if as_json:
         print_json(usage)
     else:

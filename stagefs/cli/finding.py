@@ -1,10 +1,8 @@
 """Which mount a command is about, and its daemon's socket.
 
-The option ``--mount``, else STAGEFS_MOUNT, else the only StageFS mount of this user.  Mounts
-are found in /proc/self/mountinfo, and their supervisors among the processes, without touching
-the mount: one whose daemon is stopped answers nobody.  Only where the supervisor cannot be
-seen (another pid namespace, hidepid) the mount's link ``.stagefs/control`` is read, in a
-thread with a deadline.
+Supervisors are found among the processes, without touching the mount: one whose daemon is stopped
+answers nobody.  Only where the supervisor cannot be seen (another pid namespace, hidepid) the
+mount's link ``.stagefs/control`` is read, in a thread with a deadline.
 """
 
 import contextlib
@@ -18,65 +16,14 @@ from pathlib import Path
 import click
 import msgspec
 
-from stagefs.config import environment
 from stagefs.control.api import SOCKET_NAME
 from stagefs.control.client import Client
+from stagefs.control.mounts import FoundMount, choose_mount, staging_mounts
 from stagefs.errors import InvalidName, NoDaemon
-from stagefs.state_directory import unescape
 
-FILE_SYSTEM_TYPE = "fuse.stagefs"
 SUPERVISOR_MODULE = "stagefs.supervisor"
 CONTROL_LINK = ".stagefs/control"
 ANSWER_TIMEOUT_S = 10.0
-
-
-class FoundMount(msgspec.Struct, frozen=True):
-    """One StageFS mount.  ``uid`` is the user it is for."""
-
-    mountpoint: str
-    uid: int
-
-
-def staging_mounts(mountinfo: str | None = None) -> list[FoundMount]:
-    if mountinfo is None:
-        mountinfo = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
-    found: dict[str, FoundMount] = {}
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _source, options = after.split(" ", 2)
-        mountpoint = unescape(before.split(" ")[4])
-        found.pop(mountpoint, None)  # something mounted over it hides it
-        if kind == FILE_SYSTEM_TYPE:
-            uids = [word[8:] for word in options.split(",") if word.startswith("user_id=")]
-            found[mountpoint] = FoundMount(mountpoint, int(uids[0]) if uids else 0)
-    return list(found.values())
-
-
-def choose_mount(named: str | None, mounts: list[FoundMount], *, uid: int) -> FoundMount:
-    """Raises NoDaemon when there is none, InvalidName when it is not clear which one is meant."""
-    wanted = named or environment().get("STAGEFS_MOUNT") or None
-    if wanted is not None:
-        real = os.path.realpath(wanted)
-        for mount in mounts:
-            if mount.mountpoint in (real, os.path.abspath(wanted)):
-                return mount
-        raise NoDaemon(
-            f"{wanted} is no StageFS mount: {_known(mounts)}, and `stagefs mount {wanted}` makes"
-            " one there."
-        )
-    own = [mount for mount in mounts if uid in (0, mount.uid)]
-    if not own:
-        raise NoDaemon("There is no StageFS mount of yours here: `stagefs mount MNT` makes one.")
-    if len(own) > 1:
-        raise InvalidName(f"Which mount is meant? Say --mount or STAGEFS_MOUNT: {_known(own)}.")
-    return own[0]
-
-
-def _known(mounts: list[FoundMount]) -> str:
-    if not mounts:
-        return "there is none on this machine"
-    verb = "mounts are" if len(mounts) > 1 else "the only mount is"
-    return f"{verb} {', '.join(mount.mountpoint for mount in mounts)}"
 
 
 class Supervisor(msgspec.Struct, frozen=True):

@@ -15,6 +15,8 @@ import click
 from stagefs import __version__
 from stagefs.errors import StageFSError
 
+# An integration's commands: only this name of it is known here.
+BATCH = "stagefs.integrations.batch_commands"
 # Subcommand -> (module, its command, the line in the overview).  In the order of use.
 COMMANDS = {
     "mount": ("mounting", "mount", "Mount a staging area."),
@@ -24,11 +26,23 @@ COMMANDS = {
     "import": ("names", "import_catalog", "Register the entries of a catalog."),
     "ls": ("names", "ls", "List names."),
     "stat": ("names", "stat", "Show what is known of a name."),
+    "replica": ("replicas", "replica", "Say where else the content of a file is."),
     "rm": ("names", "rm", "Remove names (never anything at a remote)."),
     "mv": ("names", "mv", "Rename."),
-    "sandbox": ("sandboxes", "sandbox", "Make, list and remove task directories."),
+    "sandbox": ("sandboxes", "sandbox", "Task directories: make, see, commit, remove them."),
+    "queue": ("queue", "queue", "See and decide about outputs that are to be uploaded."),
+    "flush": ("queue", "flush", "Upload what is queued; say what is left."),
+    "remote": ("remotes", "remote", "See how the servers fare that files come from."),
+    "run": ("run", "run", "Run a command in a sandbox, and commit what it made."),
+    "prolog": (BATCH, "prolog", "For batch systems: stage in before a job."),
+    "epilog": (BATCH, "epilog", "For batch systems: stage out after a job."),
     "status": ("seeing", "status", "Show what the daemon is doing."),
-    "config": ("seeing", "config", "Show every setting, its value and where it comes from."),
+    "metrics": ("seeing", "metrics", "Print the daemon's figures for Prometheus."),
+    "top": ("top", "top", "Watch what a mount is doing."),
+    "why": ("why", "why", "Explain why a file is cached, absent, kept or failing."),
+    "doctor": ("doctor", "doctor", "See whether a mount would work here, and what to do."),
+    "completion": ("completion", "completion", "Print what makes a shell complete commands."),
+    "config": ("configuring", "config", "Show every setting and its source; check them."),
 }
 
 
@@ -42,7 +56,8 @@ class LazyGroup(click.Group):
         known = COMMANDS.get(cmd_name)
         if known is None:
             return None
-        module = importlib.import_module(f"stagefs.cli.{known[0]}")
+        name = known[0] if "." in known[0] else f"stagefs.cli.{known[0]}"
+        module = importlib.import_module(name)
         command = getattr(module, known[1])
         assert isinstance(command, click.Command)
         return command

@@ -12,23 +12,19 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import click
 import msgspec
 
-from stagefs.cli.finding import (
-    FoundMount,
-    Supervisor,
-    choose_mount,
-    json_option,
-    staging_mounts,
-    supervisor_of,
-)
+from stagefs.cli.finding import Supervisor, json_option, supervisor_of
 from stagefs.cli.output import human, print_json, print_table
+from stagefs.cli.queue import flush_before_umount, parse_deadline
+from stagefs.cli.running_mount import failure, running_mount
 from stagefs.config import (
     DEFAULT,
     Loaded,
@@ -37,8 +33,12 @@ from stagefs.config import (
     load_with_sources,
     parse_assignments,
 )
-from stagefs.errors import MountFailed, NotPermitted, StageFSError, UnsuitableState
+from stagefs.control.api import SOCKET_NAME
+from stagefs.control.client import Client
+from stagefs.control.mounts import FoundMount, choose_mount, staging_mounts
+from stagefs.errors import MountFailed, NoDaemon, NotPermitted, StageFSError, UnsuitableState
 from stagefs.state_directory import (
+    acting_as,
     default_state_directory,
     make_private_directory,
     refuse_network,
@@ -47,8 +47,12 @@ from stagefs.state_directory import (
 LOG_NAME = "supervisor.log"
 # The supervisor has a deadline for each step of a start; this much later it is not believed.
 READY_GRACE_S = 60.0
+# How long after its last uploads a daemon that does not end is killed.
+STOP_GRACE_S = 15.0
 END_TIMEOUT_S = 60.0
 UNMOUNT_TIMEOUT_S = 30.0
+BUSY_TRIES, BUSY_PAUSE_S = 5, 0.1
+QUEUE_ANSWER_TIMEOUT_S = 10.0
 # What root's environment must not lend to the user that a mount is for.
 OWN_VARIABLES = ("XDG_", "AWS_", "SSH_AUTH_SOCK", "SSH_AGENT_PID", "KRB5CCNAME", "NETRC")
 
@@ -86,6 +90,7 @@ class Owner(msgspec.Struct, frozen=True):
 @click.option("--allow-other", is_flag=True, help="Let other users in.")
 @click.option("--user", metavar="USER", help="As root: mount for this user, as this user.")
 @click.option("--lifetime", metavar="pid:N|job|forever", help="When the mount ends by itself.")
+@click.option("--replace", is_flag=True, help="Take a running mount over: an upgrade in place.")
 @json_option
 def mount(
     *,
@@ -100,10 +105,18 @@ def mount(
     allow_other: bool,
     user: str | None,
     lifetime: str | None,
+    replace: bool,
     as_json: bool,
 ) -> None:
-    """Mount a staging area on the empty directory MNT; returns when it answers."""
-    overrides = parse_assignments(assignments)
+    """Mount a staging area on the empty directory MNT; returns when it answers.
+
+    With --replace MNT is a running mount: this version's supervisor and daemon go on with it, and
+    open files stay open.  Its settings stay as they are, but for those given here.
+    """
+    running = running_mount(mountpoint, state=state, user=user) if replace else None
+    if running is not None:
+        mountpoint, state, user = running.mountpoint, running.state, running.user
+    overrides = {**(running.settings if running else {}), **parse_assignments(assignments)}
     named = {
         "cache.capacity_bytes": capacity,
         "cache.directory": str(cache.absolute()) if cache else None,
@@ -119,16 +132,19 @@ def mount(
         )
         directory = _state_directory(mountpoint, state, loaded.settings, owner)
     start = Start(
-        mountpoint=Path(os.path.realpath(mountpoint)),
+        # Where it is mounted already the daemon may not answer: that path is as the kernel says.
+        mountpoint=mountpoint if running else Path(os.path.realpath(mountpoint)),
         state=directory,
         settings=loaded.settings,
         daemon_options=_daemon_options(loaded),
         owner=owner,
+        replace=replace,
+        keeps_lifetime=replace and lifetime is None,
     )
     supervisor, ready = start.run(foreground=foreground)
     _tell(ready, as_json=as_json)
     if foreground:
-        sys.exit(_wait_in_foreground(supervisor))
+        sys.exit(_wait_in_foreground(supervisor, directory))
 
 
 def _tell(ready: Ready, *, as_json: bool) -> None:
@@ -173,19 +189,10 @@ def _environment(owner: Owner) -> dict[str, str]:
     return {**kept, "HOME": owner.home, "USER": owner.name, "LOGNAME": owner.name}
 
 
-@contextlib.contextmanager
-def _acting_as(owner: Owner) -> Iterator[None]:
-    """Root makes directories for a user as that user, and so follows none of his links."""
+def _acting_as(owner: Owner) -> contextlib.AbstractContextManager[None]:
     if owner.name is None:
-        yield
-        return
-    os.setegid(owner.gid)
-    os.seteuid(owner.uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
+        return contextlib.nullcontext()
+    return acting_as(owner.name, owner.uid, owner.gid)
 
 
 def _state_directory(
@@ -225,6 +232,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     daemon_options: Sequence[str]
     owner: Owner
+    replace: bool
+    keeps_lifetime: bool
 
     def run(self, *, foreground: bool) -> tuple[subprocess.Popen[bytes], Ready]:
         """Raises what the supervisor refuses with; then none of it is left running."""
@@ -263,8 +272,19 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     def _arguments(self, ready_fd: int) -> list[str]:
         here = ["--mountpoint", str(self.mountpoint), "--state", str(self.state)]
         wanted = self.settings.mount
-        options = ["--lifetime", wanted.lifetime, "--ready-fd", str(ready_fd)]
+        options = ["--ready-fd", str(ready_fd)]
+        if not self.keeps_lifetime:
+            options += ["--lifetime", wanted.lifetime]
         options += ["--start-timeout-s", f"{wanted.start_timeout_s:g}"]
+        # The daemon goes on uploading for a while at its end.
+        stop_timeout_s = self.settings.stage_out.drain_s + STOP_GRACE_S
+        options += ["--stop-timeout-s", f"{stop_timeout_s:g}"]
+        options += ["--probe-period-s", f"{wanted.probe_period_s:g}"]
+        options += ["--probe-timeout-s", f"{wanted.probe_timeout_s:g}"]
+        if (socket := environment().get("NOTIFY_SOCKET")) is not None:
+            options += ["--notify-socket", socket]
+        if self.replace:
+            options.append("--replace")
         if wanted.allow_other:
             options.append("--allow-other")
         if self.owner.name is not None:
@@ -301,8 +321,8 @@ def _line(fd: int, timeout_s: float) -> bytes:
     return line
 
 
-def _wait_in_foreground(supervisor: subprocess.Popen[bytes]) -> int:
-    """Until the mount ends; what is to end this command ends the mount."""
+def _wait_in_foreground(supervisor: subprocess.Popen[bytes], state: Path) -> int:
+    """Until the mount ends, with its exit status; what is to end this command ends the mount."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         supervisor.send_signal(number)
@@ -311,17 +331,31 @@ def _wait_in_foreground(supervisor: subprocess.Popen[bytes]) -> int:
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGHUP, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return supervisor.wait()
+    status = supervisor.wait()
+    if status and (reason := failure(state)) is not None:
+        click.echo(f"stagefs: {reason}", err=True)
+    return status
 
 
 @click.command()
 @click.argument("mountpoint", metavar="MNT", required=False)
 @click.option("--lazy", is_flag=True, help="Although it is in use: it ends when nobody uses it.")
+@click.option("--force", is_flag=True, help="Although outputs are not uploaded: they are kept.")
+@click.option("--deadline", metavar="TIME", help="Wait so long for uploads (as for flush).")
 @json_option
-def umount(mountpoint: str | None, lazy: bool, as_json: bool) -> None:
-    """Unmount, and wait until its processes have ended."""
+def umount(
+    mountpoint: str | None, lazy: bool, force: bool, deadline: str | None, as_json: bool
+) -> None:
+    """Upload what is queued, unmount, and wait until its processes have ended."""
+    deadline_s = parse_deadline(deadline)
     chosen = choose_mount(mountpoint, staging_mounts(), uid=os.geteuid())
-    supervisor = _opened(supervisor_of(chosen))
+    holder = supervisor_of(chosen)
+    if holder is not None and not (lazy or force):
+        client = Client(holder.state / SOCKET_NAME, answer_timeout_s=QUEUE_ANSWER_TIMEOUT_S)
+        # A daemon that does not answer uploads nothing either; the queue is on disk.
+        with contextlib.suppress(NoDaemon):
+            flush_before_umount(client, deadline_s=deadline_s, quiet=as_json)
+    supervisor = _opened(holder)
     # Without a supervisor the connection is closed, and nothing can be lost by letting go.
     _unmount(chosen, lazy=lazy or supervisor is None)
     if supervisor is not None and not lazy:
@@ -343,6 +377,18 @@ def _opened(supervisor: Supervisor | None) -> int | None:
 
 
 def _unmount(chosen: FoundMount, *, lazy: bool) -> None:
+    """Raises MountFailed.  The supervisor's own look at the mount keeps it busy for a moment."""
+    for tries_left in reversed(range(BUSY_TRIES)):
+        refused = _refused_unmount(chosen, lazy=lazy)
+        if refused is None:
+            return
+        if not tries_left or "busy" not in refused.lower() or _users_of(chosen.mountpoint):
+            raise _refusal(chosen, refused)
+        threading.Event().wait(BUSY_PAUSE_S)
+
+
+def _refused_unmount(chosen: FoundMount, *, lazy: bool) -> str | None:
+    """What the program that unmounts says when it does not; None when it does."""
     flag = ["-z"] if lazy else []
     if os.geteuid() == 0:
         command = ["umount", "-i", *(["-l"] if lazy else []), "--", chosen.mountpoint]
@@ -359,8 +405,7 @@ def _unmount(chosen: FoundMount, *, lazy: bool) -> None:
             f"{chosen.mountpoint} was not unmounted within {UNMOUNT_TIMEOUT_S:g} s: its daemon does"
             " not answer; `stagefs umount --lazy` takes it away all the same."
         ) from exc
-    if done.returncode != 0:
-        raise _refusal(chosen, done.stderr.decode("utf-8", "replace").strip())
+    return done.stderr.decode("utf-8", "replace").strip() if done.returncode else None
 
 
 def _refusal(chosen: FoundMount, said: str) -> StageFSError:

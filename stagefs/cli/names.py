@@ -105,20 +105,45 @@ def stage_in(
 @click.argument("url")
 @click.argument("name", metavar="staging:///NAME")
 @click.option("--ttl", metavar="TIME", help="How long a listing is believed (60s).")
+@click.option("--writable", is_flag=True, help="Upload what is closed in it.")
+@click.option("--overwrite", is_flag=True, help="Replace objects that are there already.")
+@click.option("--propagate-delete", is_flag=True, help="Remove objects whose names are removed.")
 @mount_option
 @json_option
-def bind(url: str, name: str, ttl: str | None, mountpoint: str | None, as_json: bool) -> None:
-    """Show a remote directory under a staging:/// name, listed on demand."""
+def bind(
+    *,
+    url: str,
+    name: str,
+    ttl: str | None,
+    writable: bool,
+    overwrite: bool,
+    propagate_delete: bool,
+    mountpoint: str | None,
+    as_json: bool,
+) -> None:
+    """Show a remote directory under a staging:/// name, listed on demand.
+
+    With --writable, files that are closed in it, and local files that are moved or linked into
+    it, are uploaded to their place below URL.
+    """
     try:
         ttl_s = None if ttl is None else parse_duration(ttl)
     except ValueError as exc:
         raise InvalidName(f"--ttl: {exc}.") from exc
     chosen = target(mountpoint)
-    bound = chosen.client.bind(as_url(url), chosen.path(name), ttl_s=ttl_s)
+    bound = chosen.client.bind(
+        as_url(url),
+        chosen.path(name),
+        ttl_s=ttl_s,
+        writable=writable,
+        overwrite=overwrite,
+        propagate_delete=propagate_delete,
+    )
     if as_json:
         print_json(bound)
-    else:
-        click.echo(f"{shown_name(bound.path)}: bound to {bound.url}, listed on demand")
+        return
+    fate = ", what is closed in it is uploaded" if bound.writable else ""
+    click.echo(f"{shown_name(bound.path)}: bound to {bound.url}, listed on demand{fate}")
 
 
 @click.command("import")
@@ -183,7 +208,7 @@ def _short_name(entry: NameStat) -> str:
 def _long_line(entry: NameStat) -> str:
     size = "-" if entry.kind == "directory" else human(entry.size_bytes)
     url = f"  {entry.url}" if entry.url else ""
-    state = entry.state or entry.kind
+    state = (entry.upload or entry.state or entry.kind).partition(":")[0]
     return f"{size:>10}  {state:<9}  {when(entry.mtime_ns)}  {_short_name(entry)}{shown_name(url)}"
 
 
@@ -213,6 +238,8 @@ def stat(name: str, mountpoint: str | None, as_json: bool) -> None:
         ("source", found.url),
         ("version", found.version),
         ("checksum", found.checksum),
+        ("upload", found.upload),
+        *(("replica", replica) for replica in found.replicas),
         ("last error", found.last_error),
     ]
     print_table([*rows, *((label, shown_name(fact)) for label, fact in facts if fact)])

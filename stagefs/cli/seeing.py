@@ -1,13 +1,15 @@
-"""status and config: what a mount is doing, and which settings are in force."""
+"""status and metrics: what a mount is doing."""
 
+import os
 import time
 from pathlib import Path
 
 import click
 
 from stagefs.cli.finding import json_option, mount_option, target
-from stagefs.cli.output import human, print_json, print_json_list, print_table, shown_name
-from stagefs.config import load_with_sources, parse_assignments
+from stagefs.cli.output import human, print_json, print_table, shown_name
+from stagefs.errors import StateFailed
+from stagefs.staging.queue_values import QueueTotals
 from stagefs.staging.values import CacheUsage, Status
 
 TRANSFERS_SHOWN_MAX = 20
@@ -23,7 +25,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     if as_json:
         print_json(now)
         return
-    print_table([*_facts(now), *_cache_facts(now.cache)])
+    print_table([*_facts(now), *_cache_facts(now.cache), *_queue_facts(now.queue)])
     for name, value in sorted(now.counters.items()):
         if value:
             click.echo(f"  {name.replace('_', ' ')}: {value}")
@@ -52,15 +54,33 @@ def _cache_facts(cache: CacheUsage | None) -> list[tuple[str, str]]:
     return [("cache", f"{used} in {cache.entries} entries, {cache.directory}")]
 
 
+def _queue_facts(queue: QueueTotals) -> list[tuple[str, str]]:
+    waiting = f"{queue.waiting} waiting ({human(queue.waiting_bytes)})"
+    said = [waiting, f"{queue.uploading} uploading", f"{queue.failed} failed"]
+    if queue.prepared:
+        said.append(f"{queue.prepared} prepared")
+    if queue.trouble is not None:
+        said.append(queue.trouble.rstrip("."))
+    return [("outputs", f"{', '.join(said)}; {queue.directory}")]
+
+
 @click.command()
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="One more file.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="As for mount.")
-@json_option
-def config(config_file: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Show every setting that a mount made now would have, and where each comes from."""
-    loaded = load_with_sources(config_file=config_file, overrides=parse_assignments(assignments))
-    if as_json:
-        print_json_list(loaded.values)
+@mount_option
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write this file in one step (for the textfile collector of the node exporter).",
+)
+def metrics(mountpoint: str | None, output: Path | None) -> None:
+    """Print the daemon's figures in the text format of Prometheus (docs/METRICS.md)."""
+    text = target(mountpoint).client.metrics()
+    if output is None:
+        click.echo(text, nl=False)
         return
-    for value in loaded.values:
-        click.echo(f"{value.key} = {value.text}  ({value.source})")
+    made = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        made.write_text(text, "utf-8")
+        made.replace(output)
+    except OSError as exc:
+        raise StateFailed(f"{output} cannot be written: {exc.strerror}.") from exc

@@ -16,7 +16,7 @@ import errno as errno_names
 import http.client
 import os
 import socket
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ import msgspec
 
 from stagefs.control.api import (
     HEARTBEAT_S,
+    METRICS_PATH,
     Failure,
     Line,
     Operation,
@@ -34,12 +35,17 @@ from stagefs.control.api import (
 )
 from stagefs.errors import NoDaemon, StageFSError
 from stagefs.model import Checksum
-from stagefs.staging import values
+from stagefs.remote.health import RemoteStatus
+from stagefs.staging import queue_values, remote_values, replica_values, values
+from stagefs.staging.manifest import Manifest, Output, checked, expand_mirrors, with_more
 from stagefs.staging.values import Progress, ProgressCallback
+from stagefs.staging.workers import worker_of
 
 CONNECT_TIMEOUT_S = 10.0
 # Short operations: longer than any deadline that the daemon keeps for them.
 ANSWER_TIMEOUT_S = 60.0
+# In each mount: a link to its daemon's socket.
+CONTROL_LINK = ".stagefs/control"
 LINE_BYTES_MAX = 16 << 20
 
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
@@ -95,13 +101,35 @@ class Client:
     and used again after the daemon was restarted.
     """
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._path = socket_path
+        self._answer_timeout_s = answer_timeout_s
+
+    @classmethod
+    def of(cls, mountpoint: str | Path) -> "Client":
+        """The client of the mount at ``mountpoint``, found through the mount itself."""
+        return cls(Path(mountpoint) / CONTROL_LINK)
 
     # Seeing
 
     def status(self) -> values.Status:
         return self._short(Operations.STATUS, values.Empty(), values.Status)
+
+    def metrics(self) -> str:
+        """The daemon's figures as Prometheus reads them (docs/METRICS.md)."""
+        connection = _Connection(self._path)
+        try:
+            with contextlib.closing(connection):
+                connection.connect()
+                connection.sock.settimeout(self._answer_timeout_s)
+                connection.request("GET", METRICS_PATH, headers={"Connection": "close"})
+                response = connection.getresponse()
+                body = response.read()
+        except (OSError, http.client.HTTPException) as exc:
+            raise self._gone(exc) from exc
+        if response.status != 200:
+            raise Refused(self._decode(body, Failure))
+        return body.decode("utf-8", "replace")
 
     # Names
 
@@ -130,8 +158,27 @@ class Client:
         self.cache_warm([entry.path for entry in staged], progress=progress)
         return [self.stat(entry.path) for entry in staged]
 
-    def bind(self, url: str, target: str, *, ttl_s: float | None = None) -> values.NameStat:
-        request = values.Bind(url=url, target=target, ttl_s=ttl_s)
+    def bind(
+        self,
+        url: str,
+        target: str,
+        *,
+        ttl_s: float | None = None,
+        writable: bool = False,
+        overwrite: bool = False,
+        propagate_delete: bool = False,
+    ) -> values.NameStat:
+        """Show a remote directory.  ``writable``: what is closed in it is uploaded, and replaces
+        what is there only with ``overwrite``; what is removed from it is removed at the remote
+        only with ``propagate_delete``."""
+        request = values.Bind(
+            url=url,
+            target=target,
+            ttl_s=ttl_s,
+            writable=writable,
+            overwrite=overwrite,
+            propagate_delete=propagate_delete,
+        )
         return self._short(Operations.BIND, request, values.NameStat)
 
     def import_catalog(
@@ -156,6 +203,13 @@ class Client:
             if after is None:
                 return
 
+    def why(
+        self, path: str, *, ask: bool = True, progress: ProgressCallback = _ignore
+    ) -> values.Why:
+        """Why a file is cached, absent, kept, evicted or failing; ``ask``: its remote, too."""
+        request = values.ExplainName(path, ask)
+        return self._long(Operations.WHY, request, values.Why, progress)
+
     def stat(self, path: str) -> values.NameStat:
         return self._short(Operations.STAT, values.OnePath(path), values.NameStat)
 
@@ -169,16 +223,111 @@ class Client:
         request = values.MoveName(source=source, target=target)
         return self._short(Operations.MOVE, request, values.NameStat)
 
+    # Replicas
+
+    def replica_add(
+        self,
+        path: str,
+        url: str,
+        *,
+        affinity: str = "",
+        trust: bool = False,
+        progress: ProgressCallback = _ignore,
+    ) -> replica_values.ReplicaList:
+        """``url`` has the content of the file at ``path`` (``trust``: it is not compared);
+        ``affinity``, ``datacenter/machine``, is where that is."""
+        request = replica_values.AddReplica(path, url, affinity, trust)
+        return self._long(Operations.REPLICA_ADD, request, replica_values.ReplicaList, progress)
+
+    def replica_list(self, path: str) -> replica_values.ReplicaList:
+        """In the order in which they would be asked now, the object's own URL among them."""
+        request = values.OnePath(path)
+        return self._short(Operations.REPLICA_LIST, request, replica_values.ReplicaList)
+
+    def replica_remove(self, path: str, url: str) -> replica_values.ReplicaList:
+        request = replica_values.RemoveReplica(path, url)
+        return self._short(Operations.REPLICA_REMOVE, request, replica_values.ReplicaList)
+
     # Sandboxes
 
     def sandbox_create(
-        self, name: str, inputs: dict[str, str], *, progress: ProgressCallback = _ignore
+        self,
+        name: str,
+        manifest: Manifest | None = None,
+        *,
+        inputs: Mapping[str, str] | None = None,
+        outputs: Mapping[str, str] | Sequence[Output] = (),
+        worker_pid: int | None = None,
+        progress: ProgressCallback = _ignore,
     ) -> values.Sandbox:
-        request = values.CreateSandbox(name=name, inputs=inputs)
+        """A directory with virtual links to its inputs.  ``inputs`` (name -> URL) and ``outputs``
+        (pattern -> URL) are added to those of the manifest; ``name`` is one component, below
+        ``tasks/``, or the path of a new directory in the mount.  ``worker_pid``: a program; when it
+        has ended, the next mount removes the sandbox, and it may be made anew at once.
+        """
+        wanted = with_more(manifest or Manifest(), inputs=inputs or {}, outputs=outputs)
+        worker = None if worker_pid is None else worker_of(worker_pid)
+        request = values.CreateSandbox(name, wanted, expand_mirrors(wanted.mirrors), worker)
         return self._long(Operations.SANDBOX_CREATE, request, values.Sandbox, progress)
 
-    def sandbox_list(self) -> list[values.Sandbox]:
-        return self._short(Operations.SANDBOX_LIST, values.Empty(), values.Sandboxes).sandboxes
+    def sandbox_create_many(
+        self, name: str, count: int, manifest: Manifest, *, progress: ProgressCallback = _ignore
+    ) -> list[values.Sandbox]:
+        """``count`` sandboxes NAME.000000, NAME.000001, ... from one manifest, at once."""
+        wanted = checked(manifest)
+        request = values.CreateSandboxes(name, count, wanted, expand_mirrors(wanted.mirrors))
+        return self._long(
+            Operations.SANDBOX_CREATE_MANY, request, values.Sandboxes, progress
+        ).sandboxes
+
+    def sandbox_list(self) -> Iterator[values.Sandbox]:
+        """All sandboxes of the mount, fetched page by page."""
+        after: int | None = 0
+        while after is not None:
+            request = values.ListSandboxes(after=after)
+            page = self._short(Operations.SANDBOX_LIST, request, values.SandboxPage)
+            yield from page.sandboxes
+            after = page.after
+
+    def sandbox_show(
+        self, name: str, *, hashes: bool = False, progress: ProgressCallback = _ignore
+    ) -> values.SandboxDetails:
+        """``hashes``: of the chunks of what a recording sandbox read, too."""
+        request = values.ShowSandbox(name, hashes)
+        return self._long(Operations.SANDBOX_SHOW, request, values.SandboxDetails, progress)
+
+    def sandbox_commit(
+        self,
+        name: str,
+        *,
+        outputs: Mapping[str, str] | Sequence[Output] = (),
+        progress: ProgressCallback = _ignore,
+    ) -> values.CommitRecord:
+        """Make the declared outputs (and ``outputs``, pattern -> URL) visible, all or none, and
+        queue those that go to a remote.  Committing what is committed answers its record.
+        """
+        more = with_more(Manifest(), inputs={}, outputs=outputs).outputs
+        request = values.CommitSandbox(name, more)
+        return self._long(Operations.SANDBOX_COMMIT, request, values.CommitRecord, progress)
+
+    def sandbox_materialize(
+        self, name: str, directory: str, *, progress: ProgressCallback = _ignore
+    ) -> values.Copied:
+        """Write everything in the sandbox into a real, empty directory of this machine."""
+        request = values.SandboxDirectory(name, directory)
+        return self._long(Operations.SANDBOX_MATERIALIZE, request, values.Copied, progress)
+
+    def sandbox_absorb(
+        self, name: str, directory: str, *, progress: ProgressCallback = _ignore
+    ) -> values.Copied:
+        """Take what the sandbox's outputs match in that directory into the sandbox."""
+        request = values.SandboxDirectory(name, directory)
+        return self._long(Operations.SANDBOX_ABSORB, request, values.Copied, progress)
+
+    def sandbox_fail(self, name: str, reason: str | None = None) -> values.Sandbox:
+        """The task failed: nothing is published, and everything stays for inspection."""
+        request = values.FailSandbox(name, reason)
+        return self._short(Operations.SANDBOX_FAIL, request, values.Sandbox)
 
     def sandbox_remove(self, name: str, *, progress: ProgressCallback = _ignore) -> values.Removed:
         request = values.OneSandbox(name)
@@ -233,12 +382,60 @@ class Client:
         request = values.Warm(list(paths))
         return self._long(Operations.CACHE_WARM, request, values.Warmed, progress)
 
-    def cache_capacity(
-        self, capacity_bytes: int | None = None, *, progress: ProgressCallback = _ignore
+    def cache_cleanup(
+        self, to_bytes: int, *, progress: ProgressCallback = _ignore
     ) -> values.CacheUsage:
-        """Ask for the capacity, or set it; returns when the cache is within it."""
-        request = values.Capacity(capacity_bytes)
+        """Evict, the least recently used first, until at most so much is left."""
+        request = values.Cleanup(to_bytes)
+        return self._long(Operations.CACHE_CLEANUP, request, values.CacheUsage, progress)
+
+    def cache_capacity(
+        self,
+        capacity_bytes: int | None = None,
+        *,
+        default: bool = False,
+        progress: ProgressCallback = _ignore,
+    ) -> values.CacheUsage:
+        """Ask for the capacity, or set it (``default``: as configured) for this daemon and later
+        ones; returns when the cache is within it."""
+        request = values.Capacity(capacity_bytes, default)
         return self._long(Operations.CACHE_CAPACITY, request, values.CacheUsage, progress)
+
+    def remote_list(self) -> list[RemoteStatus]:
+        """How each remote in use fares, by URL."""
+        return self._short(Operations.REMOTE_LIST, values.Empty(), remote_values.RemoteList).remotes
+
+    # The stage-out queue
+
+    def queue_list(
+        self, states: Sequence[str] | None = None
+    ) -> Iterator[queue_values.UploadStatus]:
+        """The uploads in these states (None: all), fetched page by page."""
+        after: int | None = 0
+        while after is not None:
+            request = queue_values.ListUploads(list(states) if states else None, after)
+            page = self._short(Operations.QUEUE_LIST, request, queue_values.UploadPage)
+            yield from page.uploads
+            after = page.after
+
+    def queue_retry(self, ids: Sequence[int] | None = None) -> queue_values.UploadsChanged:
+        """Try these again now; None: everything that waits or failed.  How many."""
+        request = queue_values.RetryUploads(list(ids or ()), all=ids is None)
+        return self._short(Operations.QUEUE_RETRY, request, queue_values.UploadsChanged)
+
+    def queue_cancel(
+        self, ids: Sequence[int] | None = None, *, discard: bool = False
+    ) -> queue_values.UploadsChanged:
+        """Give these up; None: everything that waits or failed.  How many."""
+        request = queue_values.CancelUploads(list(ids or ()), all=ids is None, discard=discard)
+        return self._short(Operations.QUEUE_CANCEL, request, queue_values.UploadsChanged)
+
+    def flush(
+        self, deadline_s: float | None = None, *, progress: ProgressCallback = _ignore
+    ) -> queue_values.Flushed:
+        """Upload what is queued.  The answer tells what is left: that is no failure here."""
+        request = queue_values.Flush(deadline_s)
+        return self._long(Operations.QUEUE_FLUSH, request, queue_values.Flushed, progress)
 
     # How it is asked
 
@@ -288,7 +485,9 @@ class Client:
         connection = _Connection(self._path)
         with contextlib.closing(connection):
             connection.connect()
-            connection.sock.settimeout(4 * HEARTBEAT_S if operation.long else ANSWER_TIMEOUT_S)
+            connection.sock.settimeout(
+                4 * HEARTBEAT_S if operation.long else self._answer_timeout_s
+            )
             headers = {"Content-Type": "application/json", "Connection": "close"}
             connection.request("POST", f"/v1/{operation.path}", encode(request), headers)
             yield connection.getresponse()

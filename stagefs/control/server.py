@@ -33,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from stagefs.control.api import (
     HEARTBEAT_S,
+    METRICS_PATH,
     REQUEST_BYTES_MAX,
     Area,
     Failure,
@@ -53,6 +54,9 @@ CONNECTIONS_MAX = 64
 _LINES_BUFFERED_MAX = 16
 _KEEP_ALIVE_S = 60.0
 _UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
+
+# The text format of Prometheus, https://prometheus.io/docs/instrumenting/exposition_formats/
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _HTTP_STATUS = {
     errno.ENOENT: 404,
@@ -164,8 +168,12 @@ def make_application(area: Area) -> Starlette:
         )
         for operation in Operations
     ]
+
+    async def metrics(_request: Request) -> Response:
+        return Response(await area.metrics(), media_type=METRICS_MEDIA_TYPE)
+
     return Starlette(
-        routes=routes,
+        routes=[*routes, Route(METRICS_PATH, metrics, methods=["GET"])],
         exception_handlers={
             StageFSError: _refuse,
             HTTPException: _refuse_http,

@@ -20,8 +20,8 @@ byte       content
 4096       resent list: 4096 words, thread << 32 | opcode
 40960      notes: 4096 slots of 8 words: finished << 32 | thread, operation, digest (2), and twice
            (parent, hash of the name << 1 | 1 when it was there before)
-303104     pending: 4096 slots of 4 words: kind << 32 | thread, inode, expiry (ns), unused
-434176     free up to 1 MiB
+303104     pending: 4096 slots of 4 words: kind << 32 | thread, inode, expiry (ns), sandbox
+434176     open writers: 2 words each, up to 1 MiB (``open_writers``)
 =========  ==========================================================================
 """
 
@@ -70,6 +70,7 @@ class PendingKind(enum.IntFlag):
     COPY_UP = 1
     NEW_VERSION = 2
     RECORD = 4  # the name is wanted, so that it can be said who reads what
+    GRANTED = 8  # the name is known: the next OPEN is served, for the sandbox in the fourth word
 
 
 class NameBefore(NamedTuple):
@@ -154,6 +155,20 @@ class Notes:
         slot = self._slots[thread]
         if bytes(self._words[slot + 2 : slot + 4]) != digest:
             self._clear(thread)
+            return None
+        return OperationNumber(self._words[slot + 1])
+
+    @property
+    def expects_repetitions(self) -> bool:
+        """Whether ``resent`` and ``left_behind`` can find anything: only just after a death."""
+        return bool(self._left_behind)
+
+    def left_behind(self, thread: int, digest: bytes) -> OperationNumber | None:
+        """As ``resent``, for a request that only precedes the repetition: the note stays."""
+        if thread not in self._left_behind:
+            return None
+        slot = self._slots[thread]
+        if bytes(self._words[slot + 2 : slot + 4]) != digest:
             return None
         return OperationNumber(self._words[slot + 1])
 
@@ -294,6 +309,48 @@ class PendingLookups:
         self.drop(thread)
         return kind
 
+    def put_record(self, thread: int, inode: Inode) -> bool:
+        """``put`` for a thread of which it is wanted in which sandbox it opens the file."""
+        return self.put(thread, inode, PendingKind.RECORD)
+
+    def wants_record(self, thread: int, inode: Inode) -> bool:
+        slot = self._slot_of(thread, inode)
+        return slot is not None and self._words[slot] >> 32 == PendingKind.RECORD
+
+    def asked_name(self, thread: int) -> bool:
+        """Whether the thread was sent to look up a name for the record, whatever came of it."""
+        slot = self._slots.get(thread)
+        return slot is not None and self._words[slot] >> 32 == PendingKind.RECORD
+
+    def grant(self, thread: int, inode: Inode, sandbox: Inode) -> None:
+        """The thread's next OPEN of ``inode`` is that of ``sandbox`` (0: of none)."""
+        if self.put(thread, inode, PendingKind.GRANTED):
+            self._words[self._slots[thread] + 3] = sandbox
+
+    def granted(self, thread: int, inode: Inode) -> Inode | None:
+        slot = self._slot_of(thread, inode)
+        if slot is None or self._words[slot] >> 32 != PendingKind.GRANTED:
+            return None
+        return Inode(self._words[slot + 3])
+
+    def _slot_of(self, thread: int, inode: Inode) -> int | None:
+        slot = self._slots.get(thread)
+        if slot is None:
+            return None
+        words = self._words
+        fits = words[slot + 1] == inode and words[slot + 2] > time.monotonic_ns()
+        return slot if fits else None
+
+    def put_copy_up(self, thread: int, inode: Inode) -> bool:
+        """``put`` for a thread that wants to write to a shared file."""
+        return self.put(thread, inode, PendingKind.COPY_UP)
+
+    def wants_copy_up(self, thread: int, inode: Inode) -> bool:
+        """Whether the thread's LOOKUP of ``inode`` is the one that was asked for.  It stays
+        pending until ``drop``, so that a daemon that dies meanwhile does not lose it."""
+        slot = self._slot_of(thread, inode)
+        return slot is not None and bool(PendingKind(self._words[slot] >> 32) & PendingKind.COPY_UP)
+
     def drop(self, thread: int) -> None:
         """The thread asked something else: its repetition will not come."""
         slot = self._slots.pop(thread, None)
@@ -314,6 +371,7 @@ class SharedMemory:
             )
         self._words = words
         self.generation = words[W_GENERATION]
+        self.words = words
         self.notes = Notes(words, call_soon=call_soon)
         self.pending = PendingLookups(words)
 
@@ -321,6 +379,11 @@ class SharedMemory:
         """To be called as each request begins: deaths with answers between are forgiven."""
         self._words[W_ANSWERED] += 1
         self.notes.forget_finished()
+
+
+def request_digest(*what: object) -> bytes:
+    """Equal for a repetition of the same request only, as long as ``what`` is."""
+    return xxhash.xxh3_128_digest(repr(what).encode("utf-8", "surrogateescape"))
 
 
 def _name_key(name: bytes) -> int:

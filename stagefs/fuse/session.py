@@ -22,6 +22,8 @@ How a daemon is started (the supervisor's ``daemons.py`` does it)
   it is passed on to whoever waits for the mount), or
   ``{"error": "one sentence", "exit_code": n}``, after which the daemon must exit.
 * SIGTERM asks to stop (deadline: the supervisor's --stop-timeout-s, then SIGKILL).
+* SIGUSR1 asks for the stacks of its threads, on standard error; it must not end the daemon.
+  A daemon that answers nothing for the supervisor's --probe-timeout-s gets it, and SIGKILL.
 * When the mount is gone the loop ends by itself; the daemon should exit with status 0.
   Any end while the mount is there, whatever its status, brings the next daemon.
 * When the supervisor is gone the daemon is killed (PR_SET_PDEATHSIG), so that the

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from stagefs.errors import InvalidName, NotADirectory, NotFound
+from stagefs.errors import InvalidName, NotADirectory, NotFound, NotPermitted
 from stagefs.model import EntryKind, Inode, ListedEntry
 from stagefs.namespace.edit import Edit
 from stagefs.namespace.node import Node, NodeKind, StagedObject, encoded_name
@@ -27,12 +27,45 @@ class _Known(msgspec.Struct, gc=False):
     validator: str | None
 
 
-def bind(edit: Edit, parent: Inode, name: str, url: str, ttl_s: float, mode: int) -> Inode:
+def bind(
+    edit: Edit,
+    parent: Inode,
+    name: str,
+    url: str,
+    ttl_s: float,
+    *,
+    mode: int,
+    writable: bool,
+    overwrites: bool,
+    deletes: bool,
+) -> Inode:
     directory = edit.directory(parent)
     encoded = edit.free_name(directory, name)
-    inode = edit.new_directory(mode & 0o7777, url=url, ttl_s=ttl_s)
+    if directory.writable:
+        raise NotPermitted(
+            f"{name!r} in {edit.rows.path(parent)} cannot be bound: what is made there is uploaded"
+            f" to {directory.bind_url}; name another place."
+        )
+    inode = edit.new_directory(
+        mode & 0o7777,
+        url=url,
+        ttl_s=ttl_s,
+        writable=writable,
+        overwrites=overwrites,
+        deletes=deletes,
+    )
     edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
-    edit.log(inode, parent=parent, name=name, url=url, ttl_s=ttl_s, mode=mode)
+    edit.log(
+        inode,
+        parent=parent,
+        name=name,
+        url=url,
+        ttl_s=ttl_s,
+        mode=mode,
+        writable=writable,
+        overwrites=overwrites,
+        deletes=deletes,
+    )
     return inode
 
 
@@ -80,7 +113,7 @@ def merge_listing(
     edit.run("UPDATE nodes SET listed_ns = ? WHERE inode = ?", (now_ns, inode))
     if changed or new_files:
         edit.touch(inode)
-    edit.nodes_changed.add(inode)
+    edit.changed(inode)
     edit.log(inode, listed_ns=now_ns, changed=len(changed))
     return changed
 
@@ -104,7 +137,7 @@ def add_found(edit: Edit, inode: Inode, name: str, found: StagedObject | str) ->
         )
         if is_same:
             edit.run("UPDATE nodes SET checked_ns = ? WHERE inode = ?", (edit.now_ns, result.inode))
-            edit.nodes_changed.add(result.inode)
+            edit.changed(result.inode)
         else:
             row = _Known(result.inode, own.flags, own.place, int(result.kind), None)
             result = _renew(edit, directory, encoded, row, found)
@@ -161,7 +194,16 @@ def _found(entry: ListedEntry, now_ns: int, default_mode: int) -> StagedObject |
 
 def _new(edit: Edit, directory: Node, found: StagedObject | str) -> Node:
     if isinstance(found, str):
-        inode = edit.new_directory(directory.mode, url=found, ttl_s=directory.bind_ttl_s)
+        inode = edit.new_directory(
+            directory.mode,
+            uid=directory.uid,
+            gid=directory.gid,
+            url=found,
+            ttl_s=directory.bind_ttl_s,
+            writable=directory.writable,
+            overwrites=directory.overwrites,
+            deletes=directory.deletes,
+        )
     else:
         inode = edit.new_file(found)
     return edit.node(inode)
@@ -189,6 +231,7 @@ def _renew(
         end_directory(edit, old)
     elif new.kind is NodeKind.FILE:
         edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (new.inode, old.inode))
+        edit.changed(old.inode)
     return new
 
 

@@ -37,6 +37,32 @@ _FINDINGS = {
     "two names have one place": (
         "SELECT parent, place FROM names GROUP BY parent, place HAVING count(*) > 1"
     ),
+    "only files have content of their own": (
+        "SELECT inode, content FROM nodes WHERE content > 0 AND kind <> 2"
+    ),
+    "a private copy is of a file that is gone": (
+        "SELECT n.inode, n.lower FROM nodes n LEFT JOIN nodes b ON b.inode = n.lower"
+        " WHERE n.kind = 2 AND n.lower > 0 AND coalesce(b.content, 0) = 0"
+    ),
+    "a private copy shows more than there is": (
+        "SELECT inode, base_bytes FROM nodes WHERE base_bytes > size_bytes"
+    ),
+    "extended attributes are of no node": (
+        "SELECT x.inode, count(*) FROM xattrs x LEFT JOIN nodes n ON n.inode = x.inode"
+        " WHERE coalesce(n.flags, 0) & 8 = 0 GROUP BY x.inode"
+    ),
+    "a node lost its extended attributes": (
+        "SELECT inode, flags FROM nodes WHERE flags & 8"
+        " AND NOT EXISTS (SELECT 1 FROM xattrs x WHERE x.inode = nodes.inode)"
+    ),
+    "replicas are of no object": (
+        "SELECT r.fingerprint, r.added FROM replicas r"
+        " WHERE NOT EXISTS (SELECT 1 FROM nodes n WHERE n.fingerprint = r.fingerprint)"
+    ),
+    "a sandbox is no directory": (
+        "SELECT s.inode, s.inode FROM sandboxes s LEFT JOIN nodes n ON n.inode = s.inode"
+        " WHERE n.inode IS NULL OR n.kind <> 1 OR n.nlink = 0"
+    ),
     "the counters are wrong": (
         "SELECT c.kind, c.nodes FROM counters c WHERE c.nodes <>"
         " (SELECT count(*) FROM nodes n WHERE n.kind = c.kind AND n.nlink > 0) OR c.size_bytes <>"

@@ -9,6 +9,7 @@ asks first go first only by polling, so the daemon holds a lock on a file beside
 while it waits or writes, and the import steps back before each of its short transactions.
 """
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -19,23 +20,22 @@ from importlib.resources import files
 from pathlib import Path
 
 from stagefs.errors import NewerFormat, NoSpace, StageFSError, StateFailed, UnsuitableState
+from stagefs.namespace.formats import FORMAT_VERSION, bring_along, format_of
 
-FORMAT_VERSION = 1
 APPLICATION_ID = int.from_bytes(b"STFS", "big")
 
 BUSY_TIMEOUT_S = 20.0
 _MAGIC = b"SQLite format 3\0"
 _PAGE_CACHE_KIB = 8 << 10
 # A daemon checkpoints long before; this only bounds the log of one that never does.
-_WAL_PAGES_MAX = 1 << 16
-_WAL_PAGES_LARGE = 1 << 14
+_WAL_PAGES_MAX = 1 << 17
+_WAL_PAGES_LARGE = 1 << 15
 _WAL_KEPT_BYTES = 32 << 20
 _TURN_TRIES = 3
 
 
 def translated(exc: sqlite3.Error, path: Path) -> StageFSError:
-    code = getattr(exc, "sqlite_errorcode", None)
-    if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
+    if _is_full(exc):
         return NoSpace(
             f"The disk of the namespace {path} is full: free space there, "
             "nothing that was acknowledged is lost."
@@ -46,10 +46,15 @@ def translated(exc: sqlite3.Error, path: Path) -> StageFSError:
     )
 
 
-def open_database(path: Path) -> sqlite3.Connection:
-    """Open the file, making it when it is absent.
+def _is_full(exc: sqlite3.Error) -> bool:
+    code = getattr(exc, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF == sqlite3.SQLITE_FULL
 
-    Raises NewerFormat, UnsuitableState.  A file that is not ours is left as it is.
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open the file, making it when it is absent, and bringing it along when it is old.
+
+    Raises NewerFormat, UnsuitableState, NoSpace.  A file that is not ours is left as it is.
     """
     try:
         if not path.is_symlink() and (not path.exists() or not path.stat().st_size):
@@ -58,8 +63,9 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection = connect(path)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
+            _check_format(connection, path)
             _check_content(connection, path)
-        except (sqlite3.Error, UnsuitableState):
+        except (sqlite3.Error, UnsuitableState, NewerFormat):
             connection.close()
             raise
     except OSError as exc:
@@ -67,6 +73,8 @@ def open_database(path: Path) -> sqlite3.Connection:
             f"The namespace {path} cannot be opened ({exc.strerror}): mend its permissions."
         ) from exc
     except sqlite3.Error as exc:
+        if _is_full(exc):
+            raise translated(exc, path) from exc
         raise _damaged(path, str(exc)) from exc
     return connection
 
@@ -129,6 +137,30 @@ def checkpoint(path: Path) -> bool:
         raise translated(exc, path) from exc
 
 
+def sync(path: Path) -> None:
+    """Make what was committed durable.  Blocks; may run beside everything else.
+
+    What is no longer in the log was moved by a checkpoint, which syncs both before it lets the
+    log begin anew.
+    """
+    try:
+        for file, flags in (
+            (path.with_name(path.name + "-wal"), os.O_RDONLY),
+            (path.parent, os.O_RDONLY | os.O_DIRECTORY),
+        ):
+            fd = os.open(file, flags | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as exc:
+        if exc.errno == errno.ENOSPC:
+            raise NoSpace(f"The disk of the namespace {path} is full: free space there.") from exc
+        raise StateFailed(
+            f"The namespace {path} cannot be made durable ({exc.strerror}): check its disk."
+        ) from exc
+
+
 def move_log(connection: sqlite3.Connection) -> bool:
     """Move the log until nothing was added to it meanwhile, for only then it begins anew.
 
@@ -160,6 +192,10 @@ def _check_file(path: Path) -> None:
     version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
     if application != APPLICATION_ID:
         raise _damaged(path, "it belongs to another program")
+    _refuse_newer(version, path)
+
+
+def _refuse_newer(version: int, path: Path) -> None:
     if version > FORMAT_VERSION:
         raise NewerFormat(
             f"The namespace {path} has format {version}, this StageFS knows {FORMAT_VERSION}: "
@@ -167,8 +203,24 @@ def _check_file(path: Path) -> None:
         )
 
 
+def _check_format(connection: sqlite3.Connection, path: Path) -> None:
+    """The log may hold a later header than the file."""
+    version = format_of(connection)
+    _refuse_newer(version, path)
+    if version < 1:
+        raise _damaged(path, "it has no format")
+    if version < FORMAT_VERSION:
+        with transaction(connection):
+            bring_along(connection)
+        # An older StageFS looks at the file's own header.
+        move_log(connection)
+
+
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:
-    expected = {"nodes", "names", "doomed", "templates", "changes", "operations", "counters"}
+    expected = {
+        "nodes", "names", "xattrs", "doomed", "templates", "sandboxes", "commits", "changes",
+        "operations", "counters", "opened", "outgoing", "replicas",
+    }  # fmt: skip
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
     if missing := expected - {name for (name,) in tables}:
         raise _damaged(path, f"the table {min(missing)} is missing")

@@ -10,9 +10,12 @@ import json
 import sqlite3
 from collections.abc import Sequence
 
-from stagefs.errors import InvalidUrl, NameExists, NotADirectory, NotFound, ReadOnly
+import msgspec
+
+from stagefs.errors import NameExists, NotADirectory, NotFound, ReadOnly
 from stagefs.model import Inode
 from stagefs.namespace import overlay
+from stagefs.namespace.known import Known
 from stagefs.namespace.node import (
     Node,
     NodeKind,
@@ -20,53 +23,55 @@ from stagefs.namespace.node import (
     decoded_name,
     encoded_name,
 )
+from stagefs.namespace.node_edit import NodeEdit
 from stagefs.namespace.overlay import Entry
 from stagefs.namespace.rows import (
-    COUNTED,
     FOUND,
     KEPT,
+    OURS,
     SHOWN,
-    WHOLE_ONLY,
-    Rows,
-    SqlValue,
-    fingerprint,
 )
 
 PLACE_BITS = 24
-INODES_MAX = 1 << 40
 # Numbers of operations kept: many times the requests that a kernel can have in flight.
 OPERATIONS_KEPT = 20_000
 _TRIM_EVERY = 1024
 
-_NODE_COLUMNS = (
-    "kind, mode, size_bytes, mtime_ns, ctime_ns, nlink, flags, checked_ns, lower, ttl_s,"
-    " url, version, validator, checksum, target, fingerprint"
-)
-_INSERT_NODE = f"INSERT INTO nodes ({_NODE_COLUMNS}) VALUES ({', '.join('?' * 16)})"  # noqa: S608
-_INSERT_NUMBERED = f"INSERT INTO nodes (inode, {_NODE_COLUMNS}) VALUES ({', '.join('?' * 17)})"  # noqa: S608
 _PUT_NAME = (
     "INSERT INTO names (parent, name, inode, place, flags) VALUES (?, ?, ?, ?, ?) "
     "ON CONFLICT (parent, name) DO UPDATE SET inode = excluded.inode, place = excluded.place,"
     " flags = excluded.flags"
 )
-_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Edit:
+class Edit(NodeEdit):
     """``sequence``: the number of this change.  ``result``: the inode it is about."""
 
-    def __init__(self, connection: sqlite3.Connection, now_ns: int) -> None:
-        self.rows = Rows(connection)
-        self.now_ns = now_ns
-        self.run = connection.execute
-        self.run_many = connection.executemany
-        self.sequence = 1 + (self.rows.one("SELECT max(sequence) FROM changes") or 0)
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        now_ns: int,
+        *,
+        known: Known | None = None,
+        last_sequence: int | None = None,
+    ) -> None:
+        """``known`` and ``last_sequence``: what is remembered from before and still right."""
+        super().__init__(connection, now_ns, Known(0) if known is None else known)
+        if last_sequence is None:
+            last_sequence = self.rows.one("SELECT max(sequence) FROM changes") or 0
+        self.last_sequence = last_sequence
+        self.sequence = last_sequence + 1
         self._places = self.sequence << PLACE_BITS
         self.result = Inode(0)
         self.arguments: dict[str, object] = {}
         self.names_changed: list[tuple[Inode, str]] = []
-        self.nodes_changed: set[Inode] = set()
         self.emptied: set[Inode] = set()
+        self.kept: set[Inode] = set()
+        # Whether something is due to a remote now; whether a file may have lost its last name,
+        # and whether a directory did or has moved.
+        self.outgoing = False
+        self.unlinked = False
+        self.directories_moved = False
         self._shown: list[tuple[Inode, str, Inode]] = []
 
     def log(self, result: Inode, **arguments: object) -> None:
@@ -82,6 +87,7 @@ class Edit:
             "INSERT INTO changes (sequence, kind, time_ns, arguments) VALUES (?, ?, ?, ?)",
             (self.sequence, kind, self.now_ns, _json(arguments)),
         )
+        self.last_sequence = self.sequence
         if operation is None:
             return
         self.run("INSERT INTO operations VALUES (?, ?, ?)", (operation, self.result, self.sequence))
@@ -93,12 +99,6 @@ class Edit:
             )
 
     # Finding what is to be changed
-
-    def node(self, inode: Inode) -> Node:
-        node = self.rows.node(inode)
-        if node is None:
-            raise NotFound(f"There is no inode {inode} in the namespace.")
-        return node
 
     def directory(self, inode: Inode) -> Node:
         """A directory whose names may be changed.  Raises NotFound, NotADirectory, ReadOnly."""
@@ -157,13 +157,7 @@ class Edit:
         if not counted and overlay.loops(self.rows, directory.inode, lower.inode):
             return None
         self._clear_stale(directory, name)
-        inode = self.new_directory(
-            lower.mode,
-            nlink=1,
-            lower=lower.inode,
-            mtime_ns=lower.mtime_ns,
-            flags=COUNTED if counted else 0,
-        )
+        inode = self.new_overlay(lower, counted=counted)
         self.put_name(directory.inode, name, inode, place=entry.place, flags=SHOWN)
         self._shown.append((directory.inode, decoded_name(name), inode))
         return Entry(self.node(inode), entry.place, own=True, counted=False, flags=SHOWN)
@@ -190,91 +184,25 @@ class Edit:
             self.drop_name(directory.inode, name)
             self.end_directory(own.node.inode)
 
-    # Nodes
-
-    def new_directory(
-        self,
-        mode: int,
-        *,
-        nlink: int = 2,
-        lower: int = 0,
-        mtime_ns: int | None = None,
-        url: str | None = None,
-        ttl_s: float = 0.0,
-        flags: int = 0,
-    ) -> Inode:
-        mtime_ns = self.now_ns if mtime_ns is None else mtime_ns
-        return self._insert(
-            NodeKind.DIRECTORY, mode, 0, mtime_ns, self.now_ns, nlink, flags, 0, lower, ttl_s,
-            _storable(url), None, None, None, None, None,
-        )  # fmt: skip
-
-    def new_symlink(self, target: bytes) -> Inode:
-        """With the one link that ``attach_new`` gives it."""
-        return self._insert(
-            NodeKind.SYMLINK, 0o777, len(target), self.now_ns, self.now_ns, 1, 0, 0, 0, 0.0,
-            None, None, None, None, target, None,
-        )  # fmt: skip
-
-    def new_file(self, staged: StagedObject, *, nlink: int = 0) -> Inode:
-        """``nlink`` 1 for ``attach_new``, 0 for what else gives it its name."""
-        return self._insert(*self._file_values(staged, nlink=nlink))
-
-    def _file_values(self, staged: StagedObject, *, nlink: int) -> tuple[SqlValue, ...]:
-        return (
-            NodeKind.FILE, staged.mode & 0o7777, staged.size_bytes, staged.mtime_ns, self.now_ns,
-            nlink, 0 if staged.ranges else WHOLE_ONLY, staged.checked_ns, 0, 0.0,
-            _storable(staged.url), _storable(staged.version), _storable(staged.validator),
-            None if staged.checksum is None else str(staged.checksum), None,
-            fingerprint(staged.url, staged.version),
-        )  # fmt: skip
-
-    def add_files(
-        self, directory: Inode, files: Sequence[tuple[bytes, StagedObject]], flags: int
-    ) -> None:
-        """Many new files under names that have no row, three times as fast as one by one."""
-        if not files:
-            return
-        first = 1 + (self.rows.one("SELECT seq FROM sqlite_sequence WHERE name = 'nodes'") or 0)
-        assert first + len(files) < INODES_MAX, "inode numbers are used up"
-        self.run_many(
-            _INSERT_NUMBERED,
-            [
-                (inode, *self._file_values(staged, nlink=1))
-                for inode, (_name, staged) in enumerate(files, first)
-            ],
-        )
-        self.run_many(
-            "INSERT INTO names (parent, name, inode, place, flags) VALUES (?, ?, ?, ?, ?)",
-            [
-                (directory, name, inode, self.next_place(), flags)
-                for inode, (name, _staged) in enumerate(files, first)
-            ],
-        )
-
-    def _insert(self, *values: SqlValue) -> Inode:
-        inode = self.run(_INSERT_NODE, values).lastrowid
-        assert inode is not None
-        assert inode < INODES_MAX, "inode numbers are used up"
-        return Inode(inode)
-
-    def add_links(self, inode: Inode, count: int) -> None:
-        self.nodes_changed.add(inode)
-        self.run(
-            "UPDATE nodes SET nlink = nlink + ?, ctime_ns = ? WHERE inode = ?",
-            (count, self.now_ns, inode),
-        )
-
-    def set_nlink(self, inode: Inode, nlink: int) -> None:
-        self.nodes_changed.add(inode)
-        self.run("UPDATE nodes SET nlink = ? WHERE inode = ?", (nlink, inode))
-
     # Names
 
     def next_place(self) -> int:
         self._places += 1
         assert self._places >> PLACE_BITS == self.sequence, "too many names in one change"
         return self._places
+
+    def add_files(
+        self, directory: Inode, files: Sequence[tuple[bytes, StagedObject]], flags: int
+    ) -> None:
+        """Many new files under names that have no row."""
+        inodes = self.insert_files([staged for _name, staged in files])
+        self.run_many(
+            "INSERT INTO names (parent, name, inode, place, flags) VALUES (?, ?, ?, ?, ?)",
+            [
+                (directory, name, inode, self.next_place(), flags)
+                for inode, (name, _staged) in zip(inodes, files, strict=True)
+            ],
+        )
 
     def put_name(self, parent: Inode, name: bytes, inode: int, *, place: int, flags: int) -> None:
         self.run(_PUT_NAME, (parent, name, inode, place, flags))
@@ -291,24 +219,22 @@ class Edit:
         node: Node,
         *,
         place: int | None = None,
-        flags: int = 0,
+        is_counted: bool = False,
     ) -> None:
-        """Give a node a name that nothing visible has.  Counts the link."""
+        """Give a node a name that nothing visible has.  Counts the link, if it is not already."""
         self.keep(directory.inode)
         place = self.next_place() if place is None else place
-        flags |= self._hidden_flags(directory, name)
+        flags = self._hidden_flags(directory, name)
         self.put_name(directory.inode, name, node.inode, place=place, flags=flags)
         is_directory = node.kind is NodeKind.DIRECTORY
-        if not is_directory:
+        if not is_directory and not is_counted:
             self.add_links(node.inode, 1)
         self._changed(directory, subdirectories=1 if is_directory else 0)
 
-    def attach_new(
-        self, directory: Node, name: bytes, inode: Inode, kind: NodeKind, *, flags: int = 0
-    ) -> None:
+    def attach_new(self, directory: Node, name: bytes, inode: Inode, kind: NodeKind) -> None:
         """As ``attach`` for a node just made, which counts this link already."""
         self.keep(directory.inode)
-        flags |= self._hidden_flags(directory, name)
+        flags = self._hidden_flags(directory, name)
         self.put_name(directory.inode, name, inode, place=self.next_place(), flags=flags)
         self._changed(directory, subdirectories=1 if kind is NodeKind.DIRECTORY else 0)
 
@@ -316,23 +242,31 @@ class Edit:
         """A name of our own at a bound directory, in place of one the remote has."""
         if directory.bind_url is None or self.rows.own(directory.inode, name) is None:
             return 0
-        return FOUND | KEPT
+        return FOUND | KEPT | OURS
 
-    def detach(self, directory: Node, name: bytes, entry: Entry) -> None:
-        """Take a name away from this place.  Uncounts the link of a file; a directory's node is
-        left to the caller."""
+    def detach(self, directory: Node, name: bytes, entry: Entry, *, moves: bool = False) -> None:
+        """Take a name away from this place.  Uncounts the link of a file, unless it moves to
+        another name; a directory's node is left to the caller."""
         self.keep(directory.inode)
         self._hide(directory, name, entry)
         is_directory = entry.node.kind is NodeKind.DIRECTORY
-        if not is_directory and (entry.own or entry.counted):
-            self.add_links(entry.node.inode, -1)
+        if not is_directory and not moves:
+            self._unlink(entry)
         self._changed(directory, subdirectories=-1 if is_directory else 0)
 
+    def _unlink(self, entry: Entry) -> None:
+        if entry.own or entry.counted:
+            self.add_links(entry.node.inode, -1)
+            if entry.node.nlink <= 1 and entry.node.kind is NodeKind.FILE:
+                self.unlinked = True
+
     def _hide(self, directory: Node, name: bytes, entry: Entry) -> None:
-        """Remove the row, or leave one that hides what the lower directory or the remote has."""
-        if entry.own and not entry.flags & (SHOWN | FOUND):
+        """Remove the row, or leave one that hides what the lower directory or the remote has.
+        What was uploaded of a directory made here, the remote has."""
+        uploaded = directory.writable and entry.node.kind is NodeKind.DIRECTORY
+        if entry.own and not entry.flags & (SHOWN | FOUND) and not uploaded:
             self.drop_name(directory.inode, name)
-            if overlay.find(self.rows, directory, name) is None:
+            if not directory.lower or overlay.find(self.rows, directory, name) is None:
                 return
         self.put_name(directory.inode, name, 0, place=entry.place, flags=0)
 
@@ -340,8 +274,8 @@ class Edit:
         self, directory: Node, name: bytes, entry: Entry, node: Node, flags: int, *, touch: bool
     ) -> None:
         """The name leads to another node from now on, at the same place in listings."""
-        if entry.node.kind is not NodeKind.DIRECTORY and (entry.own or entry.counted):
-            self.add_links(entry.node.inode, -1)
+        if entry.node.kind is not NodeKind.DIRECTORY:
+            self._unlink(entry)
         self.put_name(directory.inode, name, node.inode, place=entry.place, flags=flags)
         if node.kind is not NodeKind.DIRECTORY:
             self.add_links(node.inode, 1)
@@ -350,13 +284,19 @@ class Edit:
             after = node.kind is NodeKind.DIRECTORY
             self._changed(directory, subdirectories=after - before)
 
-    def touch_ctime(self, inode: Inode) -> None:
-        self.nodes_changed.add(inode)
-        self.run("UPDATE nodes SET ctime_ns = ? WHERE inode = ?", (self.now_ns, inode))
+    def repoint_new(
+        self, directory: Node, name: bytes, entry: Entry, inode: Inode, flags: int
+    ) -> None:
+        """As ``repoint`` from a file to one just made, which counts this link already."""
+        self._unlink(entry)
+        self.put_name(directory.inode, name, inode, place=entry.place, flags=flags)
 
     def end_directory(self, inode: Inode) -> None:
         """A directory lost its name.  The rows in it are left to ``removal.purge``."""
         self.set_nlink(inode, 0)
+        self.directories_moved = True
+        self.run("DELETE FROM sandboxes WHERE inode = ?", (inode,))
+        self.run("DELETE FROM opened WHERE sandbox = ?", (inode,))
         if self.rows.has_names(inode) or self.rows.lower(inode):
             self.run("INSERT OR IGNORE INTO doomed VALUES (?)", (inode,))
 
@@ -365,29 +305,14 @@ class Edit:
             self.add_subdirectories(directory, subdirectories)
         self.touch(directory.inode)
 
-    def touch(self, directory: Inode) -> None:
-        self.nodes_changed.add(directory)
-        self.run(
-            "UPDATE nodes SET mtime_ns = ?, ctime_ns = ? WHERE inode = ?",
-            (self.now_ns, self.now_ns, directory),
-        )
-
-    def add_subdirectories(self, directory: Node, count: int) -> None:
-        # Directories that show another one do not count their subdirectories.
-        if directory.lower:
-            return
-        self.nodes_changed.add(directory.inode)
-        self.run(
-            "UPDATE nodes SET nlink = nlink + ? WHERE inode = ? AND nlink > 0",
-            (count, directory.inode),
-        )
-
     def keep(self, directory: Inode) -> None:
         """Something of this place's own happens in ``directory``: mark the names that lead there.
 
-        The names above a kept one, or above one that was made here, are marked already.
+        The names above a kept one, or above one that was made here, are marked already.  What
+        is kept stays so, which makes it worth remembering.
         """
-        while True:
+        while directory not in self.known.kept and directory not in self.kept:
+            self.kept.add(directory)
             above = self.rows.name_of(directory)
             if above is None or not above[3] & (SHOWN | FOUND) or above[3] & KEPT:
                 return
@@ -399,13 +324,9 @@ class Edit:
             directory = parent
 
 
-def _storable(text: str | None) -> str | None:
-    """URLs and versions are text; bytes that are none would be refused by the database."""
-    if text is not None and not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InvalidUrl(
-                f"{text[:80]!r} holds bytes that are not text: percent-encode them."
-            ) from exc
-    return text
+def _json(arguments: dict[str, object]) -> str:
+    try:
+        return msgspec.json.encode(arguments).decode()
+    except UnicodeEncodeError:
+        # A name that is not UTF-8.
+        return json.dumps(arguments, separators=(",", ":"))

@@ -31,6 +31,7 @@ import msgspec
 from stagefs.errors import InvalidCatalog, StageFSError, UnsuitableState
 from stagefs.namespace.catalog import read_catalog
 from stagefs.namespace.database import translated
+from stagefs.namespace.giving_way import GivingWay
 from stagefs.namespace.inserting import Inserter, Result, Stopped
 from stagefs.namespace.scratch import Scratch
 
@@ -51,13 +52,20 @@ def import_catalog(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Import all of a catalog, or raise and import nothing or (Stopped, StateFailed) a part."""
+    way = GivingWay()
+
+    def read_more(phase: str, done: int, total: int) -> None:
+        way.pause()
+        report(phase, done, total)
+
     try:
         with closing(Scratch(database.parent)) as scratch:
-            _read(catalog, scratch, report, stopped)
+            _read(catalog, scratch, read_more, stopped)
             inserting = Inserter(database, scratch, prefix, replace=replace, file_mode=file_mode)
             with closing(inserting) as inserter:
                 inserter.check()
                 for done in inserter.insert():
+                    way.pause()
                     report("import", done, scratch.entries)
                     if stopped():
                         raise Stopped(_STOPPED)

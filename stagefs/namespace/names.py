@@ -4,8 +4,11 @@ What every POSIX program expects of a directory, in plain, bound and overlay dir
 Directories that are linked or moved never come to lie below themselves.
 """
 
+import msgspec
+
 from stagefs.errors import (
     Busy,
+    CrossesMounts,
     InvalidName,
     IsADirectory,
     NameExists,
@@ -15,36 +18,77 @@ from stagefs.errors import (
     NotPermitted,
 )
 from stagefs.model import Inode
-from stagefs.namespace import overlay
+from stagefs.namespace import contents, outgoing, overlay, sandbox_rows
 from stagefs.namespace.edit import Edit
-from stagefs.namespace.node import FIXED_INODES, Node, NodeKind, RenameFlags, encoded_name
+from stagefs.namespace.node import (
+    FIXED_INODES,
+    ContentKind,
+    Node,
+    NodeKind,
+    RenameFlags,
+    SandboxRow,
+    encoded_name,
+)
 from stagefs.namespace.overlay import Entry
 from stagefs.namespace.removal import end_directory
 from stagefs.namespace.rows import FOUND, KEPT
 
 
-def make_directory(edit: Edit, parent: Inode, name: str, mode: int) -> Inode:
+def make_directory(
+    edit: Edit, parent: Inode, name: str, mode: int, *, uid: int, gid: int, row: SandboxRow | None
+) -> Inode:
     directory = edit.directory(parent)
     encoded = edit.free_name(directory, name)
-    inode = edit.new_directory(mode & 0o7777)
+    inode = _new_directory(edit, directory, encoded, mode & 0o7777, uid=uid, gid=gid)
     edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
-    edit.log(inode, parent=parent, name=name, mode=mode)
+    if row is None:
+        edit.log(inode, parent=parent, name=name, mode=mode, uid=uid, gid=gid)
+        return inode
+    sandbox_rows.put_new(edit, [inode], row)
+    kept = msgspec.structs.asdict(row)
+    edit.log(inode, parent=parent, name=name, mode=mode, uid=uid, gid=gid, sandbox=kept)
     return inode
 
 
-def make_symlink(edit: Edit, parent: Inode, name: str, target: str) -> Inode:
+def _new_directory(
+    edit: Edit, directory: Node, name: bytes, mode: int, *, uid: int, gid: int
+) -> Inode:
+    """In a writable binding it is bound, too; nobody need wait for what the remote has of it."""
+    if not directory.writable:
+        return edit.new_directory(mode, uid=uid, gid=gid)
+    inode = edit.new_directory(
+        mode,
+        uid=uid,
+        gid=gid,
+        url=outgoing.url_of(directory, name),
+        ttl_s=directory.bind_ttl_s,
+        writable=True,
+        overwrites=directory.overwrites,
+        deletes=directory.deletes,
+    )
+    edit.run("UPDATE nodes SET listed_ns = ? WHERE inode = ?", (edit.now_ns, inode))
+    edit.changed(inode)
+    return inode
+
+
+def make_symlink(edit: Edit, parent: Inode, name: str, target: str, *, uid: int, gid: int) -> Inode:
     directory = edit.directory(parent)
     encoded = edit.free_name(directory, name)
     encoded_target = target.encode("utf-8", "surrogateescape")
     if not encoded_target or len(encoded_target) > 4095 or b"\0" in encoded_target:
         raise InvalidName(f"The symbolic link {name!r} needs a target of 1 to 4095 bytes.")
-    inode = edit.new_symlink(encoded_target)
+    inode = edit.insert(
+        Node(
+            Inode(0), NodeKind.SYMLINK, 0o777, len(encoded_target), edit.now_ns, edit.now_ns, 1,
+            target=target, uid=uid, gid=gid,
+        )
+    )  # fmt: skip
     edit.attach_new(directory, encoded, inode, NodeKind.SYMLINK)
-    edit.log(inode, parent=parent, name=name, target=target)
+    edit.log(inode, parent=parent, name=name, target=target, uid=uid, gid=gid)
     return inode
 
 
-def link(edit: Edit, inode: Inode, parent: Inode, name: str) -> Inode:
+def link(edit: Edit, inode: Inode, parent: Inode, name: str, *, publish: bool) -> Inode:
     node = edit.node(inode)
     if node.kind is NodeKind.DIRECTORY:
         raise NotPermitted(
@@ -56,7 +100,9 @@ def link(edit: Edit, inode: Inode, parent: Inode, name: str) -> Inode:
     directory = edit.directory(parent)
     encoded = edit.free_name(directory, name)
     edit.attach(directory, encoded, node)
-    edit.log(inode, parent=parent, name=name)
+    outgoing.gained(edit, directory, encoded, node)
+    published = contents.publish_below(edit, inode) if publish else []
+    edit.log(inode, parent=parent, name=name, published=published)
     return inode
 
 
@@ -75,7 +121,7 @@ def link_directory(edit: Edit, target: Inode, parent: Inode, name: str) -> Inode
         )
     # A shown directory that others refer to must not go with the one it shows.
     edit.keep(target)
-    inode = edit.new_directory(shown.mode, nlink=1, lower=target, mtime_ns=shown.mtime_ns)
+    inode = edit.new_overlay(shown, counted=False)
     edit.attach_new(directory, encoded, inode, NodeKind.DIRECTORY)
     edit.log(inode, parent=parent, name=name, lower=target)
     return inode
@@ -87,6 +133,7 @@ def remove(edit: Edit, parent: Inode, name: str) -> Inode:
     entry = edit.existing(directory, encoded)
     if entry.node.kind is NodeKind.DIRECTORY:
         raise IsADirectory(f"{name!r} in {edit.rows.path(parent)} is a directory.")
+    entry = outgoing.left(edit, directory, encoded, entry, removed=True)
     edit.detach(directory, encoded, entry)
     edit.log(entry.node.inode, parent=parent, name=name)
     return entry.node.inode
@@ -117,7 +164,14 @@ def _refuse_fixed(edit: Edit, node: Node) -> None:
 
 
 def rename(
-    edit: Edit, parent: Inode, name: str, new_parent: Inode, new_name: str, flags: int
+    edit: Edit,
+    parent: Inode,
+    name: str,
+    new_parent: Inode,
+    new_name: str,
+    flags: int,
+    *,
+    publish: bool,
 ) -> Inode:
     if flags & ~3 or flags == 3:
         raise InvalidName(f"{name!r} cannot be renamed with flags {flags:#x}.")
@@ -138,24 +192,9 @@ def rename(
     elif target is not None and flags & RenameFlags.NOREPLACE:
         raise NameExists(f"{new_name!r} exists already in {edit.rows.path(new_parent)}.")
     elif target is None or target.node.inode != source.node.inode:
-        if target is not None:
-            _refuse_fixed(edit, target.node)
-            _replaceable(edit, source.node, target.node)
-        # Before the source goes: the target's directory may be shown only because of it.
-        edit.keep(new_parent)
-        edit.detach(source_directory, source_name, source)
-        if target is not None:
-            edit.detach(target_directory, target_name, target)
-            if target.node.kind is NodeKind.DIRECTORY:
-                end_directory(edit, target.node)
-        edit.attach(
-            target_directory,
-            target_name,
-            source.node,
-            place=None if target is None else target.place,
-        )
-        edit.touch_ctime(source.node.inode)
-    # Two names of one file: rename(2) leaves both.
+        _move(edit, (source_directory, source_name, source), target_directory, target_name, target)
+    # Else they are two names of one file: rename(2) leaves both.
+    published = contents.publish_below(edit, source.node.inode) if publish else []
     edit.log(
         source.node.inode,
         parent=parent,
@@ -163,8 +202,52 @@ def rename(
         new_parent=new_parent,
         new_name=new_name,
         flags=int(flags),
+        published=published,
     )
     return source.node.inode
+
+
+def _move(
+    edit: Edit,
+    source_place: tuple[Node, bytes, Entry],
+    target_directory: Node,
+    target_name: bytes,
+    target: Entry | None,
+) -> None:
+    source_directory, source_name, source = source_place
+    outgoing.check_moving(edit, source_directory, source_name, source, target_directory)
+    if target is not None:
+        _refuse_fixed(edit, target.node)
+        _replaceable(edit, source.node, target.node)
+        outgoing.refuse_replacing(edit, target_directory, target_name, target)
+    # Before the source goes: the target's directory may be shown only because of it.
+    edit.keep(target_directory.inode)
+    _take_away(edit, source_directory, source_name, source)
+    if target is not None:
+        target = outgoing.left(edit, target_directory, target_name, target, removed=False)
+        edit.detach(target_directory, target_name, target)
+        if target.node.kind is NodeKind.DIRECTORY:
+            end_directory(edit, target.node)
+    edit.attach(
+        target_directory,
+        target_name,
+        source.node,
+        place=None if target is None else target.place,
+        is_counted=source.own or source.counted,
+    )
+    edit.touch_ctime(source.node.inode)
+    if source.node.kind is NodeKind.DIRECTORY:
+        edit.directories_moved = True
+        outgoing.moved(edit, source_directory, source.node, target_directory, target_name)
+    else:
+        outgoing.gained(edit, target_directory, target_name, source.node)
+
+
+def _take_away(edit: Edit, directory: Node, name: bytes, source: Entry) -> None:
+    """From the place that it moves away from.  What only the remote has is not removed there."""
+    is_local = source.node.content is not ContentKind.OBJECT
+    source = outgoing.left(edit, directory, name, source, removed=is_local)
+    edit.detach(directory, name, source, moves=True)
 
 
 def _replaceable(edit: Edit, source: Node, target: Node) -> None:
@@ -190,26 +273,30 @@ def _exchange(
 ) -> None:
     source_directory, source_name, source = source_place
     target = edit.existing(directory, name)
+    _refuse_exchange(edit, source_place, directory, name, target)
     edit.keep(source_directory.inode)
     edit.keep(directory.inode)
     # A name that the remote has too stays known as such: removing it must hide it there.
-    for parent, at, before, node in (
+    for parent, at, entry, node in (
         (source_directory, source_name, source, target.node),
         (directory, name, target, source.node),
     ):
+        before = outgoing.left(edit, parent, at, entry, removed=False)
         flags = FOUND | KEPT if before.flags & FOUND else 0
         edit.repoint(parent, at, before, node, flags, touch=True)
+        outgoing.gained(edit, parent, at, node)
     edit.touch_ctime(source.node.inode)
     edit.touch_ctime(target.node.inode)
+    edit.directories_moved = True
 
 
-def set_attributes(edit: Edit, inode: Inode, mode: int | None, mtime_ns: int | None) -> Inode:
-    edit.node(inode)
-    if mode is not None:
-        edit.run("UPDATE nodes SET mode = ? WHERE inode = ?", (mode & 0o7777, inode))
-    if mtime_ns is not None:
-        edit.run("UPDATE nodes SET mtime_ns = ? WHERE inode = ?", (mtime_ns, inode))
-    edit.run("UPDATE nodes SET ctime_ns = ? WHERE inode = ?", (edit.now_ns, inode))
-    edit.nodes_changed.add(inode)
-    edit.log(inode, mode=mode, mtime_ns=mtime_ns)
-    return inode
+def _refuse_exchange(
+    edit: Edit, source_place: tuple[Node, bytes, Entry], directory: Node, name: bytes, target: Entry
+) -> None:
+    source_directory, source_name, source = source_place
+    if not (source_directory.writable or directory.writable):
+        return
+    if NodeKind.DIRECTORY in (source.node.kind, target.node.kind):
+        raise CrossesMounts("Directories of a writable binding cannot be exchanged: rename them.")
+    outgoing.refuse_replacing(edit, source_directory, source_name, source)
+    outgoing.refuse_replacing(edit, directory, name, target)

@@ -12,6 +12,7 @@ one subtracts what it still shows.
 
 from stagefs.errors import Busy
 from stagefs.model import Inode
+from stagefs.namespace import outgoing
 from stagefs.namespace.edit import Edit
 from stagefs.namespace.node import FIXED_INODES, Node, NodeKind, encoded_name
 from stagefs.namespace.rows import COUNTED, FROZEN
@@ -51,7 +52,9 @@ def count_shown(edit: Edit, *, template: Inode, overlay: Inode, times: int) -> N
         "UPDATE nodes SET nlink = nlink + ? WHERE inode = ?",
         [(times * count, inode) for inode, count in shown],
     )
-    edit.nodes_changed.update(inode for inode, _count in shown)
+    for inode, _count in shown:
+        edit.changed(inode)
+    edit.unlinked |= times < 0
 
 
 def remove_tree(edit: Edit, parent: Inode, name: str) -> Inode:
@@ -63,6 +66,7 @@ def remove_tree(edit: Edit, parent: Inode, name: str) -> Inode:
         raise Busy(f"{edit.rows.path(node.inode)} is part of every mount and stays where it is.")
     if node.kind is NodeKind.DIRECTORY:
         _refuse_live_templates(edit, node)
+    entry = outgoing.left(edit, directory, encoded, entry, removed=True)
     edit.detach(directory, encoded, entry)
     if node.kind is NodeKind.DIRECTORY:
         end_directory(edit, node)
@@ -108,6 +112,7 @@ def purge(edit: Edit, rows_max: int = PURGE_ROWS) -> bool:
                 edit.end_directory(below)
             elif below is not None:
                 edit.add_links(below, -1)
+                edit.unlinked = True
         if names:
             edit.run("DELETE FROM names WHERE parent = ? AND name <= ?", (inode, names[-1][0]))
         if len(names) < left:
@@ -124,12 +129,13 @@ def _stop_showing(edit: Edit, inode: Inode) -> None:
     if node.counted:
         count_shown(edit, template=node.lower, overlay=inode, times=-1)
     edit.run(f"UPDATE nodes SET lower = 0, flags = flags & ~{COUNTED} WHERE inode = ?", (inode,))  # noqa: S608
-    edit.nodes_changed.add(inode)
+    edit.changed(inode)
 
 
 def drop_unlinked(edit: Edit, inodes: list[Inode] | None, limit: int) -> list[Inode]:
-    """Delete nodes that no name leads to.  Not those that a directory still shows, nor those
-    whose names are still being removed."""
+    """Delete nodes that no name leads to.  Not those that a directory still shows or that a
+    private copy was made of, nor those whose names are still being removed, nor what is yet to be
+    handed to the stage-out queue."""
     chosen = (
         edit.rows.column("SELECT inode FROM nodes WHERE nlink = 0 LIMIT ?", limit)
         if inodes is None
@@ -137,13 +143,18 @@ def drop_unlinked(edit: Edit, inodes: list[Inode] | None, limit: int) -> list[In
     )
     dropped = []
     for inode in chosen:
+        lower = edit.rows.lower(inode)
         done = edit.run(
             "DELETE FROM nodes WHERE inode = ? AND nlink = 0"
             " AND NOT EXISTS (SELECT 1 FROM doomed d WHERE d.inode = nodes.inode)"
-            " AND NOT EXISTS (SELECT 1 FROM nodes o WHERE o.lower = nodes.inode AND o.lower > 0)",
+            " AND NOT EXISTS (SELECT 1 FROM nodes o WHERE o.lower = nodes.inode AND o.lower > 0)"
+            " AND NOT EXISTS (SELECT 1 FROM outgoing o WHERE o.inode = nodes.inode"
+            " AND o.inode > 0 AND o.state < 2)",
             (inode,),
         )
         if done.rowcount:
             dropped.append(inode)
-            edit.nodes_changed.add(inode)
+            edit.changed(inode)
+            # What it was made of may be nobody's now.
+            edit.unlinked |= lower > 0
     return dropped

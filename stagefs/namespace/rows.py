@@ -7,24 +7,36 @@ open and checkpoints can complete.
 
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 from zlib import crc32
 
 import msgspec
 
 from stagefs.model import ROOT_INODE, Checksum, ChecksumKind, Inode, ObjectId
-from stagefs.namespace.node import Node, NodeKind, Statistics, decoded_name
+from stagefs.namespace.node import (
+    SPECIAL_KINDS,
+    CommitRow,
+    ContentKind,
+    Node,
+    NodeKind,
+    Opened,
+    SandboxRow,
+    Statistics,
+    decoded_name,
+)
 
 # nodes.flags
-WHOLE_ONLY, COUNTED, FROZEN = 1, 2, 4
+WHOLE_ONLY, COUNTED, FROZEN, XATTRS, WRITABLE, OVERWRITES, DELETES = 1, 2, 4, 8, 16, 32, 64
+BINDING_FLAGS = WRITABLE | OVERWRITES | DELETES
 # names.flags
-SHOWN, FOUND, KEPT = 1, 2, 4
+SHOWN, FOUND, KEPT, OURS = 1, 2, 4, 8
 
 ANCESTORS_MAX = 4096
 
 COLUMNS = (
     "n.inode, n.kind, n.mode, n.size_bytes, n.mtime_ns, n.ctime_ns, n.nlink, n.flags, n.successor,"
     " n.checked_ns, n.lower, n.listed_ns, n.ttl_s, n.url, n.version, n.validator, n.checksum,"
-    " n.target"
+    " n.target, n.uid, n.gid, n.atime_ns, n.rdev, n.content, n.base_bytes"
 )
 _NODE = f"SELECT {COLUMNS} FROM nodes n WHERE n.inode = ?"  # noqa: S608 - our own constants
 _NAMED = (
@@ -46,7 +58,13 @@ _OVERLAYS = (
     "UNION SELECT n.inode FROM over JOIN nodes n ON n.lower = over.inode AND n.lower > 0) "
     "SELECT inode FROM over"
 )
+_SANDBOXES = (
+    "SELECT inode, state, on_write, record, persistent, lifetime, manifest, created_ns, changed_ns"
+    " FROM sandboxes"
+)
+_COMMITS = "SELECT id, sandbox, time_ns, record FROM commits"
 _KINDS = {kind.value: kind for kind in NodeKind}
+_CONTENTS = tuple(ContentKind)
 _CHECKSUM_KINDS = {kind.value: kind for kind in ChecksumKind}
 
 
@@ -80,6 +98,12 @@ def node_from_row(  # noqa: PLR0917 - see the docstring
     validator: str | None,
     checksum: str | None,
     target: bytes | None,
+    uid: int,
+    gid: int,
+    atime_ns: int,
+    rdev: int,
+    content: int,
+    base_bytes: int,
 ) -> Node:
     """Positional, in the order of COLUMNS: this runs once for each name that is listed."""
     if kind == NodeKind.FILE:
@@ -92,6 +116,8 @@ def node_from_row(  # noqa: PLR0917 - see the docstring
             not flags & WHOLE_ONLY,
             successor,
             checked_ns,
+            None, 0.0, 0, lower, False, False,
+            uid, gid, atime_ns, 0, _CONTENTS[content], base_bytes, flags & XATTRS != 0,
         )  # fmt: skip
     return Node(
         inode=inode,
@@ -109,7 +135,43 @@ def node_from_row(  # noqa: PLR0917 - see the docstring
         lower=lower,
         counted=bool(flags & COUNTED),
         frozen=bool(flags & FROZEN),
+        uid=uid,
+        gid=gid,
+        atime_ns=atime_ns,
+        rdev=rdev,
+        has_xattrs=bool(flags & XATTRS),
+        writable=bool(flags & WRITABLE),
+        overwrites=bool(flags & OVERWRITES),
+        deletes=bool(flags & DELETES),
     )
+
+
+def _sandbox_row(
+    inode: Inode,
+    state: str,
+    on_write: str,
+    record: int,
+    persistent: int,
+    lifetime: str,
+    manifest: str,
+    created_ns: int,
+    changed_ns: int,
+) -> SandboxRow:
+    return SandboxRow(
+        inode=inode,
+        state=state,
+        on_write=on_write,
+        record=bool(record),
+        persistent=bool(persistent),
+        lifetime=lifetime,
+        manifest=manifest,
+        created_ns=created_ns,
+        changed_ns=changed_ns,
+    )
+
+
+def _commit_row(commit_id: str, path: str, time_ns: int, record: str) -> CommitRow:
+    return CommitRow(id=commit_id, sandbox=path, time_ns=time_ns, record=record)
 
 
 def checksum_from(text: str) -> Checksum:
@@ -137,6 +199,12 @@ class Rows:
         return None if row is None else row[0]
 
     def column(self, sql: str, *parameters: SqlValue) -> list[Inode]:
+        return [row[0] for row in self._run(sql, parameters).fetchall()]
+
+    def all(self, sql: str, *parameters: SqlValue) -> list[tuple[Any, ...]]:
+        return self._run(sql, parameters).fetchall()
+
+    def blobs(self, sql: str, *parameters: SqlValue) -> list[bytes]:
         return [row[0] for row in self._run(sql, parameters).fetchall()]
 
     def node(self, inode: int) -> Node | None:
@@ -211,6 +279,54 @@ class Rows:
             return []
         return self.column(_OVERLAYS, inode)
 
+    def sandbox(self, inode: int) -> SandboxRow | None:
+        columns = self._run(f"{_SANDBOXES} WHERE inode = ?", (inode,)).fetchone()
+        return None if columns is None else _sandbox_row(*columns)
+
+    def sandboxes(self) -> list[SandboxRow]:
+        return [
+            _sandbox_row(*columns)
+            for columns in self._run(f"{_SANDBOXES} ORDER BY inode").fetchall()
+        ]
+
+    def commit(self, commit_id: str) -> CommitRow | None:
+        columns = self._run(f"{_COMMITS} WHERE id = ?", (commit_id,)).fetchone()
+        return None if columns is None else _commit_row(*columns)
+
+    def commits(self, path: str | None) -> list[CommitRow]:
+        """In the order of time; of the sandbox that had this path, or all."""
+        found = (
+            self._run(f"{_COMMITS} ORDER BY time_ns, rowid")
+            if path is None
+            else self._run(f"{_COMMITS} WHERE sandbox = ? ORDER BY time_ns, rowid", (path,))
+        ).fetchall()
+        return [_commit_row(*columns) for columns in found]
+
+    def opened(self, sandbox: Inode) -> list[Opened]:
+        rows = self._run(
+            "SELECT inode, name, url, version, size_bytes, first_ns, opens, served_bytes,"
+            " fetched_bytes, blocked_ns FROM opened WHERE sandbox = ? ORDER BY first_ns, name",
+            (sandbox,),
+        ).fetchall()
+        return [
+            Opened(
+                inode=Inode(inode),
+                name=name,
+                url=url,
+                version=version,
+                size_bytes=size_bytes,
+                first_ns=first_ns,
+                opens=opens,
+                served_bytes=served_bytes,
+                fetched_bytes=fetched_bytes,
+                blocked_ns=blocked_ns,
+            )
+            for (
+                inode, name, url, version, size_bytes, first_ns, opens, served_bytes,
+                fetched_bytes, blocked_ns,
+            ) in rows
+        ]  # fmt: skip
+
     def statistics(self) -> Statistics:
         nodes, sizes = {}, {}
         for kind, count, size_bytes in self._run(
@@ -221,6 +337,7 @@ class Rows:
             directories=nodes[NodeKind.DIRECTORY],
             files=nodes[NodeKind.FILE],
             symlinks=nodes[NodeKind.SYMLINK],
+            specials=sum(nodes[kind] for kind in SPECIAL_KINDS),
             size_bytes=sizes[NodeKind.FILE],
             changes=self.one("SELECT max(sequence) FROM changes") or 0,
         )

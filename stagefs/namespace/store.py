@@ -17,191 +17,84 @@ NoSpace when the disk fails.  Names are ``str`` with surrogateescape; InvalidNam
 NameTooLong for those that can be none.
 """
 
-import itertools
-import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
-from stagefs.errors import NotADirectory, NotFound
-from stagefs.model import ROOT_INODE, Inode, ListedEntry
-from stagefs.namespace import bound, names, overlay, removal, templates, versions
-from stagefs.namespace.database import (
-    Turn,
-    checkpoint,
-    open_database,
-    transaction,
-    translated,
-)
-from stagefs.namespace.edit import Edit
-from stagefs.namespace.known import KNOWN_MAX, Known
-from stagefs.namespace.node import (
-    Node,
-    NodeKind,
-    StagedObject,
-    Statistics,
-    decoded_name,
-    encoded_name,
-)
-from stagefs.namespace.rows import Rows
+import msgspec
+
+from stagefs.model import Inode, ListedEntry
+from stagefs.namespace import bound, contents, names, removal, sandbox_rows, templates, versions
+from stagefs.namespace.node import Node, NodeKind, SandboxRow, StagedObject
+from stagefs.namespace.replicas import Replicated
 
 
-class Namespace:
-    def __init__(
-        self,
-        path: Path,
-        connection: sqlite3.Connection,
-        *,
-        known_max: int,
-        clock_ns: Callable[[], int],
-    ) -> None:
-        self._path = path
-        self._connection = connection
-        self._rows = Rows(connection)
-        self._turn = Turn(path)
-        self._clock_ns = clock_ns
-        self._known = Known(known_max)
-        # Rises with every change that this process knows of.
-        self.edits = 0
-        self._data_version = self._rows.one("PRAGMA data_version")
-
-    @classmethod
-    def open(
-        cls,
-        path: Path,
-        *,
-        known_max: int = KNOWN_MAX,
-        clock_ns: Callable[[], int] = time.time_ns,
-    ) -> "Namespace":
-        """Raises NewerFormat; UnsuitableState for a file that is damaged or not ours."""
-        return cls(path, open_database(path), known_max=known_max, clock_ns=clock_ns)
-
-    def close(self) -> None:
-        try:
-            self._connection.close()
-        except sqlite3.Error as exc:
-            raise translated(exc, self._path) from exc
-        finally:
-            self._turn.close()
-
-    def checkpoint(self) -> bool:
-        """Move the log into the file; see ``database.checkpoint``.  Blocks: for a worker thread."""
-        return checkpoint(self._path)
-
-    def refresh(self) -> None:
-        self.edits += 1
-        self._known.clear()
-
-    # Looking
-
-    def lookup(self, parent: Inode, name: str) -> Node:
-        """Raises NotFound, NotADirectory."""
-        names = self._known.names.get(parent)
-        if names is not None:
-            inode = names.get(name)
-            if inode is not None:
-                node = self._known.nodes.get(inode)
-                if node is not None:
-                    return node
-        return self._find(parent, name)
-
-    def node(self, inode: Inode) -> Node:
-        """Raises NotFound.  An inode without names is there until ``drop_unlinked``."""
-        node = self._known.nodes.get(inode)
-        if node is None:
-            with self._reading():
-                node = self._rows.node(inode)
-            if node is None:
-                raise NotFound(f"There is no inode {inode} in the namespace.")
-            self._known.add_node(node)
-        return node
-
-    def page(self, directory: Inode, after: int, limit: int) -> list[tuple[int, str, Node]]:
-        """Up to ``limit`` (cookie, name, node) after the cookie ``after``, 0 for the start.
-
-        Cookies are below 2**62, and stay what they are while names come and go: no old name
-        is repeated or left out.  An empty page is the end.
-        """
-        node = self._directory(directory)
-        with self._reading():
-            if not node.lower:
-                return self._rows.page(directory, after, limit)
-            return self._overlay_page(node, after, limit)
-
-    def parent(self, inode: Inode) -> Inode:
-        """A directory that has the inode (a file may have several); the root's is the root."""
-        if inode == ROOT_INODE:
-            return ROOT_INODE
-        place = self.place(inode)
-        if place is None:
-            raise NotFound(f"The inode {inode} has no name.")
-        return place[0]
-
-    def place(self, inode: Inode) -> tuple[Inode, int] | None:
-        """(directory, cookie) of one name of the inode."""
-        with self._reading():
-            above = self._rows.name_of(inode)
-        return None if above is None else (above[0], above[2])
-
-    def overlays(self, directory: Inode) -> list[Inode]:
-        """Directories that show this one: a name that changes here changes there."""
-        with self._reading():
-            return self._rows.overlays(directory)
-
-    def path(self, inode: Inode) -> str:
-        """One of the paths that lead to the inode, for messages: ``/staging/a/b``."""
-        with self._reading():
-            return self._rows.path(inode)
-
-    def resolve(self, path: str) -> Node:
-        """``a/b/c`` from the root; symbolic links are not followed.  Raises as ``lookup``."""
-        node = self.node(ROOT_INODE)
-        for part in path.split("/"):
-            if part:
-                node = self.lookup(node.inode, part)
-        return node
-
-    def find_object(self, url: str, version: str) -> Node | None:
-        """A file that has a name and is this version of the object at the (public) URL."""
-        with self._reading():
-            return versions.find_object(self._rows, url, version)
-
-    def newest(self, inode: Inode) -> Node:
-        """The last of the successors of a node; itself when it has none."""
-        with self._reading():
-            return versions.newest(self._rows, self.node(inode))
-
-    def applied(self, operation: int) -> Inode | None:
-        """The inode that an operation made or changed, None when it never took effect."""
-        with self._reading():
-            found = self._rows.one("SELECT inode FROM operations WHERE operation = ?", operation)
-        return None if found is None else Inode(found)
-
-    def statistics(self) -> Statistics:
-        with self._reading():
-            return self._rows.statistics()
+class Namespace(Replicated):
+    """See the module's docstring.  ``uid`` and ``gid`` -1: whoever mounted."""
 
     # Changing names
 
     def make_directory(
-        self, parent: Inode, name: str, mode: int = 0o755, *, operation: int | None = None
+        self,
+        parent: Inode,
+        name: str,
+        mode: int = 0o755,
+        *,
+        uid: int = -1,
+        gid: int = -1,
+        sandbox: SandboxRow | None = None,
+        operation: int | None = None,
     ) -> Node:
+        """``sandbox``: it is one from the start (whatever inode the row says)."""
         with self._change("make_directory", operation) as edit:
-            inode = names.make_directory(edit, parent, name, mode)
+            inode = names.make_directory(edit, parent, name, mode, uid=uid, gid=gid, row=sandbox)
         return self._named(parent, name, inode)
 
     def make_symlink(
-        self, parent: Inode, name: str, target: str, *, operation: int | None = None
+        self,
+        parent: Inode,
+        name: str,
+        target: str,
+        *,
+        uid: int = -1,
+        gid: int = -1,
+        operation: int | None = None,
     ) -> Node:
         with self._change("make_symlink", operation) as edit:
-            inode = names.make_symlink(edit, parent, name, target)
+            inode = names.make_symlink(edit, parent, name, target, uid=uid, gid=gid)
         return self._named(parent, name, inode)
 
-    def link(self, inode: Inode, parent: Inode, name: str, *, operation: int | None = None) -> Node:
-        """A further name of a file or symlink.  Raises NotPermitted for directories."""
+    def make_special(
+        self,
+        parent: Inode,
+        name: str,
+        kind: NodeKind,
+        mode: int,
+        *,
+        rdev: int = 0,
+        uid: int = -1,
+        gid: int = -1,
+        operation: int | None = None,
+    ) -> Node:
+        """``kind``: one of SPECIAL_KINDS; ``rdev`` is the number of a device."""
+        with self._change("make_special", operation) as edit:
+            inode = contents.make_special(
+                edit, parent, name, kind, mode, rdev=rdev, uid=uid, gid=gid
+            )
+        return self._named(parent, name, inode)
+
+    def link(
+        self,
+        inode: Inode,
+        parent: Inode,
+        name: str,
+        *,
+        publish: bool = False,
+        operation: int | None = None,
+    ) -> Node:
+        """A further name of a file or symlink.  Raises NotPermitted for directories.
+
+        ``publish``: a private file never changes from now on."""
         with self._change("link", operation) as edit:
-            names.link(edit, inode, parent, name)
+            names.link(edit, inode, parent, name, publish=publish)
         return self._named(parent, name, inode)
 
     def link_directory(
@@ -220,40 +113,55 @@ class Namespace:
         new_name: str,
         flags: int = 0,
         *,
+        publish: bool = False,
         operation: int | None = None,
     ) -> Node:
-        """``flags``: RenameFlags.  A file or empty directory at the new name is replaced."""
+        """``flags``: RenameFlags.  A file or empty directory at the new name is replaced.
+
+        ``publish``: what moves, and private files in it, never change from now on."""
         with self._change("rename", operation) as edit:
-            inode = names.rename(edit, parent, name, new_parent, new_name, flags)
+            inode = names.rename(edit, parent, name, new_parent, new_name, flags, publish=publish)
         return self.node(inode)
 
     def remove(self, parent: Inode, name: str, *, operation: int | None = None) -> Node:
         """Take away the name of a file or symlink; the node, whose ``nlink`` may be 0 now."""
-        with self._change("remove", operation) as edit:
-            inode = names.remove(edit, parent, name)
-        return self.node(inode)
+
+        def change() -> Inode:
+            with self._change("remove", operation) as edit:
+                return names.remove(edit, parent, name)
+
+        return self.node(self._making_room(change))
 
     def remove_directory(self, parent: Inode, name: str, *, operation: int | None = None) -> Node:
-        with self._change("remove_directory", operation) as edit:
-            inode = names.remove_directory(edit, parent, name)
-        return self.node(inode)
+        def change() -> Inode:
+            with self._change("remove_directory", operation) as edit:
+                return names.remove_directory(edit, parent, name)
+
+        return self.node(self._making_room(change))
 
     def remove_tree(self, parent: Inode, name: str, *, operation: int | None = None) -> Node:
         """Take away a name with all below it, at once; see ``purge`` for the rest of large ones.
 
         Raises Busy for a template of sandboxes that still exist.
         """
-        with self._change("remove_tree", operation) as edit:
-            inode = removal.remove_tree(edit, parent, name)
-        return self.node(inode)
+
+        def change() -> Inode:
+            with self._change("remove_tree", operation) as edit:
+                return removal.remove_tree(edit, parent, name)
+
+        return self.node(self._making_room(change))
 
     def purge(self) -> bool:
         """One short step of removing what large trees left.  True when there is more."""
         with self._reading():
             if self._rows.one("SELECT 1 FROM doomed LIMIT 1") is None:
                 return False
-        with self._transaction() as edit:
-            return removal.purge(edit)
+
+        def change() -> bool:
+            with self._transaction() as edit:
+                return removal.purge(edit)
+
+        return self._making_room(change)
 
     def drop_unlinked(
         self, inodes: Sequence[Inode] | None = None, *, limit: int = removal.PURGE_ROWS
@@ -262,20 +170,12 @@ class Namespace:
 
         None: any, for when a mount begins.  The inodes that were dropped.
         """
-        with self._transaction() as edit:
-            return removal.drop_unlinked(edit, None if inodes is None else list(inodes), limit)
 
-    def set_attributes(
-        self,
-        inode: Inode,
-        *,
-        mode: int | None = None,
-        mtime_ns: int | None = None,
-        operation: int | None = None,
-    ) -> Node:
-        with self._change("set_attributes", operation) as edit:
-            names.set_attributes(edit, inode, mode, mtime_ns)
-        return self.node(inode)
+        def change() -> list[Inode]:
+            with self._transaction() as edit:
+                return removal.drop_unlinked(edit, None if inodes is None else list(inodes), limit)
+
+        return self._making_room(change)
 
     def instantiate_template(
         self,
@@ -283,13 +183,25 @@ class Namespace:
         parent: Inode,
         names: Sequence[str],
         *,
+        sandbox: SandboxRow | None = None,
         operation: int | None = None,
     ) -> list[Node]:
-        """A sandbox for each name, showing what is in the directory ``template``, which cannot
-        change from now on.  Make templates in TEMPLATES_INODE, where no path leads."""
+        """A directory for each name, showing what is in the directory ``template``, which cannot
+        change from now on.  Make templates in TEMPLATES_INODE, where no path leads.
+
+        ``sandbox``: each is one from the start (whatever inode the row says)."""
         with self._change("instantiate_template", operation) as edit:
-            inodes = templates.instantiate(edit, template, parent, names)
-        return [self.node(inode) for inode in inodes]
+            inodes = templates.instantiate(edit, template, parent, names, sandbox)
+            nodes = [edit.node(inode) for inode in inodes]
+            # Nobody has looked into them yet: thousands would fill the memory for nothing.
+            for inode in inodes:
+                edit.changed(inode)
+        return nodes
+
+    def own_links(self, template: Inode) -> dict[Inode, int]:
+        """How many names each file has in a template itself, where nobody sees them."""
+        with self._reading():
+            return templates.own_links(self._rows, template)
 
     # What names lead to
 
@@ -354,6 +266,13 @@ class Namespace:
         """First contact with many small objects at once: (inode, validator) of each."""
         with self._change("set_validators", None) as edit:
             versions.set_validators(edit, told, checked_ns=checked_ns)
+            nodes = [(self._known.nodes.get(inode), validator) for inode, validator in told]
+        # Their readers wait, and come next: what was known of them is known still.
+        for node, validator in nodes:
+            if node is not None:
+                self._known.add_node(
+                    msgspec.structs.replace(node, validator=validator, checked_ns=checked_ns)
+                )
 
     # What only this node has learnt is not in the change log.
 
@@ -361,14 +280,150 @@ class Namespace:
         """The remote confirmed the version at that time; 0: it must be asked again."""
         with self._transaction() as edit:
             edit.run("UPDATE nodes SET checked_ns = ? WHERE inode = ?", (checked_ns, inode))
-            edit.nodes_changed.add(inode)
+            edit.changed(inode)
         return self.node(inode)
 
     def set_ranges_refused(self, inode: Inode) -> None:
         """The server sends whole objects only."""
         with self._transaction() as edit:
             edit.run("UPDATE nodes SET flags = flags | 1 WHERE inode = ?", (inode,))
-            edit.nodes_changed.add(inode)
+            edit.changed(inode)
+
+    # Local files, and attributes
+
+    def create_file(
+        self,
+        parent: Inode,
+        name: str,
+        mode: int,
+        *,
+        uid: int = -1,
+        gid: int = -1,
+        operation: int | None = None,
+    ) -> Node:
+        """An empty private file.  Raises ReadOnly directly in a bound directory that is not
+        writable."""
+        with self._change("create_file", operation) as edit:
+            inode = contents.create_file(edit, parent, name, mode, uid=uid, gid=gid)
+        return self._named(parent, name, inode)
+
+    def copy_up(
+        self,
+        parent: Inode,
+        name: str,
+        inode: Inode,
+        *,
+        keep_content: bool = True,
+        live: Node | None = None,
+        for_all: bool = False,
+        operation: int | None = None,
+    ) -> Node:
+        """The name, which leads to the object or published file ``inode``, leads to a new private
+        file from now on, which shows that one's content; without ``keep_content`` it is empty.
+        ``for_all``: other names follow when they are next looked up, as to a newer version.
+
+        ``live``: the shared file as it is, when its size and times are those of a real file.
+        Raises NotFound when the name leads elsewhere.  The directory's times stay.
+        """
+        with self._change("copy_up", operation) as edit:
+            copied = contents.copy_up(
+                *(edit, parent, name, inode),
+                keep_content=keep_content,
+                live=live,
+                for_all=for_all,
+            )
+        return self._named(parent, name, copied)
+
+    def publish(self, inodes: Sequence[Inode], *, operation: int | None = None) -> None:
+        """Private files of these never change from now on."""
+        with self._change("publish", operation) as edit:
+            contents.publish(edit, list(inodes))
+            edit.log(Inode(0), inodes=list(inodes))
+
+    def set_attributes(
+        self,
+        inode: Inode,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        base_bytes: int | None = None,
+        size_bytes: int | None = None,
+        operation: int | None = None,
+    ) -> Node:
+        """``base_bytes`` only ever becomes less.  It and ``size_bytes`` leave ``ctime_ns`` as it
+        is: the real file has its own."""
+        with self._change("set_attributes", operation) as edit:
+            contents.set_attributes(
+                edit,
+                inode,
+                mode=None if mode is None else mode & 0o7777,
+                uid=uid,
+                gid=gid,
+                atime_ns=atime_ns,
+                mtime_ns=mtime_ns,
+                base_bytes=base_bytes,
+                size_bytes=size_bytes,
+            )
+        return self.node(inode)
+
+    def set_xattr(
+        self, inode: Inode, name: bytes, value: bytes, *, operation: int | None = None
+    ) -> None:
+        with self._change("set_xattr", operation) as edit:
+            contents.set_xattr(edit, inode, name, value)
+
+    def remove_xattr(self, inode: Inode, name: bytes, *, operation: int | None = None) -> None:
+        """Raises NoAttribute."""
+        with self._change("remove_xattr", operation) as edit:
+            contents.remove_xattr(edit, inode, name)
+
+    # Sandboxes
+
+    def put_sandbox(self, row: SandboxRow, *, operation: int | None = None) -> SandboxRow:
+        """The directory ``row.inode`` is a sandbox, until it is removed; the row as it was kept,
+        with its times."""
+        with self._change("put_sandbox", operation) as edit:
+            sandbox_rows.put(edit, row)
+        return self._sandbox_row(row.inode)
+
+    def commit_sandbox(
+        self,
+        inode: Inode,
+        commit_id: str,
+        record: str,
+        *,
+        state: str,
+        publish: Sequence[Inode] = (),
+        links: Sequence[tuple[Inode, str, Inode]] = (),
+        replace: bool = False,
+        operation: int | None = None,
+    ) -> SandboxRow:
+        """All of it or nothing: private files of ``publish`` never change from now on, ``links``
+        (directory, name, file) are made, the sandbox gets its state, the record is kept.
+
+        Raises NameExists for a name that is there (unless ``replace``), and for a commit that
+        was made already.  Durable after ``sync``.
+        """
+        with self._change("commit_sandbox", operation) as edit:
+            sandbox_rows.commit(
+                edit,
+                inode,
+                commit_id,
+                record,
+                state=state,
+                publish=publish,
+                links=links,
+                replace=replace,
+            )
+        return self._sandbox_row(inode)
+
+    def _sandbox_row(self, inode: Inode) -> SandboxRow:
+        row = self.sandbox(inode)
+        assert row is not None, "it was stored just now"
+        return row
 
     # Bound directories
 
@@ -380,10 +435,22 @@ class Namespace:
         ttl_s: float,
         *,
         mode: int = 0o755,
+        writable: bool = False,
+        overwrites: bool = False,
+        deletes: bool = False,
         operation: int | None = None,
     ) -> Node:
+        """``writable``: what is published in it and below is to be uploaded (``due_uploads``);
+        ``overwrites`` in place of what is there, too; with ``deletes`` what is removed is to be
+        removed there."""
         with self._change("bind", operation) as edit:
-            inode = bound.bind(edit, parent, name, url, ttl_s, mode)
+            inode = bound.bind(
+                *(edit, parent, name, url, ttl_s),
+                mode=mode,
+                writable=writable,
+                overwrites=overwrites,
+                deletes=deletes,
+            )
         return self._named(parent, name, inode)
 
     def merge_listing(
@@ -411,90 +478,3 @@ class Namespace:
         with self._change("add_found", None) as edit:
             inode = bound.add_found(edit, directory, name, found)
         return self.node(inode)
-
-    # Inside
-
-    def _directory(self, inode: Inode) -> Node:
-        node = self.node(inode)
-        if node.kind is not NodeKind.DIRECTORY:
-            raise NotADirectory(f"{self.path(inode)} is not a directory.")
-        return node
-
-    def _find(self, parent: Inode, name: str) -> Node:
-        directory = self._directory(parent)
-        encoded = encoded_name(name)
-        with self._reading():
-            entry = overlay.find(self._rows, directory, encoded)
-        if entry is not None and overlay.needs_node(entry):
-            with self._change("show", None) as edit:
-                entry = edit.show(directory, encoded)
-                edit.log(parent if entry is None else entry.node.inode)
-        if entry is None:
-            raise NotFound(f"There is no {name!r} in {self.path(parent)}.")
-        self._known.add_node(entry.node)
-        self._known.add_name(parent, name, entry.node.inode)
-        return entry.node
-
-    def _overlay_page(self, directory: Node, after: int, limit: int) -> list[tuple[int, str, Node]]:
-        while True:
-            found = list(itertools.islice(overlay.view(self._rows, directory, after), limit))
-            if any(overlay.needs_node(entry) for _place, _name, entry in found):
-                with self._change("show", None) as edit:
-                    shown = edit.show_all(directory, found)
-                    edit.log(directory.inode)
-            else:
-                shown = found
-            # Left out were entries that would show a directory below itself.
-            if shown or not found:
-                return [(place, decoded_name(name), entry.node) for place, name, entry in shown]
-            after = found[-1][0]
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as exc:
-            raise translated(exc, self._path) from exc
-
-    @contextmanager
-    def _change(self, kind: str, operation: int | None) -> Iterator[Edit]:
-        with self._transaction() as edit:
-            yield edit
-            edit.write_log(kind, operation)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Edit]:
-        self._turn.take()
-        try:
-            with transaction(self._connection):
-                version = self._rows.one("PRAGMA data_version")
-                if version != self._data_version:
-                    self._data_version = version
-                    self.refresh()
-                edit = Edit(self._connection, self._clock_ns())
-                yield edit
-            self._forget(edit)
-        except sqlite3.Error as exc:
-            raise translated(exc, self._path) from exc
-        finally:
-            self._turn.give()
-
-    def _forget(self, edit: Edit) -> None:
-        self.edits += 1
-        known = self._known
-        for inode in edit.nodes_changed:
-            known.nodes.pop(inode, None)
-        for emptied in edit.emptied:
-            for directory in (emptied, *self._rows.overlays(emptied)):
-                known.names.pop(directory, None)
-        overlays: dict[Inode, list[Inode]] = {}
-        for parent, name in edit.names_changed:
-            if parent not in overlays:
-                overlays[parent] = [parent, *self._rows.overlays(parent)]
-            for directory in overlays[parent]:
-                known.forget_name(directory, name)
-
-    def _named(self, parent: Inode, name: str, inode: Inode) -> Node:
-        node = self.node(inode)
-        self._known.add_name(parent, name, inode)
-        return node

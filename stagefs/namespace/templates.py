@@ -6,12 +6,15 @@ changes something in it.
 
 from collections.abc import Sequence
 
+import msgspec
+
 from stagefs.errors import NotADirectory, NotPermitted
 from stagefs.model import Inode
+from stagefs.namespace import sandbox_rows
 from stagefs.namespace.edit import Edit
-from stagefs.namespace.node import FIXED_INODES, NodeKind
+from stagefs.namespace.node import FIXED_INODES, NodeKind, SandboxRow
 from stagefs.namespace.removal import count_shown
-from stagefs.namespace.rows import COUNTED, FROZEN
+from stagefs.namespace.rows import FROZEN, Rows
 
 _FREEZE = f"""
 WITH RECURSIVE dirs(inode) AS (
@@ -25,7 +28,27 @@ SELECT inode FROM dirs
 """  # noqa: S608 - our own constants
 
 
-def instantiate(edit: Edit, template: Inode, parent: Inode, names: Sequence[str]) -> list[Inode]:
+_FILES = f"""
+WITH RECURSIVE dirs(inode) AS (
+    VALUES (?)
+    UNION ALL
+    SELECT n.inode FROM dirs JOIN names a ON a.parent = dirs.inode
+    JOIN nodes n ON n.inode = a.inode
+    WHERE n.kind = {int(NodeKind.DIRECTORY)} AND n.lower = 0 AND n.url IS NULL
+)
+SELECT n.inode, count(*) FROM dirs JOIN names a ON a.parent = dirs.inode
+JOIN nodes n ON n.inode = a.inode WHERE n.kind <> {int(NodeKind.DIRECTORY)} GROUP BY n.inode
+"""  # noqa: S608 - our own constants
+
+
+def own_links(rows: Rows, template: Inode) -> dict[Inode, int]:
+    found: list[tuple[Inode, int]] = rows.all(_FILES, template)
+    return dict(found)
+
+
+def instantiate(
+    edit: Edit, template: Inode, parent: Inode, names: Sequence[str], row: SandboxRow | None
+) -> list[Inode]:
     """One sandbox a name.  From now on the template cannot change (see ``removal``)."""
     node = edit.node(template)
     if node.kind is not NodeKind.DIRECTORY:
@@ -45,13 +68,12 @@ def instantiate(edit: Edit, template: Inode, parent: Inode, names: Sequence[str]
             [(inode,) for inode in below],
         )
         edit.run("INSERT OR IGNORE INTO templates VALUES (?)", (template,))
-        edit.nodes_changed.update(below)
+        for inode in below:
+            edit.changed(inode)
     inodes = []
     for name in names:
         encoded = edit.free_name(directory, name)
-        inode = edit.new_directory(
-            node.mode, nlink=1, lower=template, mtime_ns=node.mtime_ns, flags=COUNTED
-        )
+        inode = edit.new_overlay(node, counted=True)
         edit.put_name(parent, encoded, inode, place=edit.next_place(), flags=0)
         inodes.append(inode)
     if inodes:
@@ -59,5 +81,8 @@ def instantiate(edit: Edit, template: Inode, parent: Inode, names: Sequence[str]
         edit.keep(parent)
         edit.add_subdirectories(directory, len(inodes))
         edit.touch(parent)
-    edit.log(template, parent=parent, names=list(names), inodes=inodes)
+    if row is not None:
+        sandbox_rows.put_new(edit, inodes, row)
+    kept = None if row is None else msgspec.structs.asdict(row)
+    edit.log(template, parent=parent, names=list(names), inodes=inodes, sandbox=kept)
     return inodes

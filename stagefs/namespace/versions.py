@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from stagefs.errors import InvalidName, IsADirectory
 from stagefs.model import Inode
+from stagefs.namespace import outgoing
 from stagefs.namespace.edit import Edit
 from stagefs.namespace.node import (
     STAGING_INODE,
+    ContentKind,
     Node,
     NodeKind,
     StagedObject,
@@ -69,6 +71,7 @@ def replace(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode
     if entry.node.kind is NodeKind.DIRECTORY:
         raise IsADirectory(f"{name!r} in {edit.rows.path(parent)} is a directory.")
     inode = edit.new_file(staged)
+    entry = outgoing.left(edit, directory, encoded, entry, removed=False)
     flags = FOUND | KEPT if entry.flags & FOUND else 0
     edit.keep(parent)
     edit.repoint(directory, encoded, entry, edit.node(inode), flags, touch=True)
@@ -79,14 +82,14 @@ def replace(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode
 def supersede(edit: Edit, inode: Inode, staged: StagedObject) -> Inode:
     """The remote has another version now."""
     old = newest(edit.rows, edit.node(inode))
-    if old.kind is not NodeKind.FILE:
-        raise InvalidName(f"{edit.rows.path(inode)} is not a file: it has no versions.")
+    if old.kind is not NodeKind.FILE or old.content is not ContentKind.OBJECT:
+        raise InvalidName(f"{edit.rows.path(inode)} is no remote object: it has no versions.")
     if old.inode != inode and old.object_id == staged.object_id:
         edit.log(old.inode, old=inode, again=True)
         return old.inode
     new = edit.node(edit.new_file(staged))
     edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (new.inode, old.inode))
-    edit.nodes_changed.add(old.inode)
+    edit.changed(old.inode)
     for parent, name in edit.rows.names_of(old.inode):
         if STAGING_INODE in edit.rows.ancestors(parent):
             directory = edit.node(parent)
@@ -103,22 +106,37 @@ def rebind(edit: Edit, parent: Inode, name: str, inode: Inode) -> Inode:
     directory = edit.node(parent)
     encoded = encoded_name(name)
     entry = edit.existing(directory, encoded)
-    new = newest(edit.rows, edit.node(inode))
+    following = edit.rows.node(inode)
+    new = entry.node if following is None else newest(edit.rows, following)
     if NodeKind.DIRECTORY in (entry.node.kind, new.kind):
         raise IsADirectory(f"{name!r} in {edit.rows.path(parent)}: directories have no versions.")
+    if not _is_left(new):
+        new = entry.node
     if entry.node.inode != new.inode:
         _move(edit, directory, encoded, entry, new)
+    elif new.successor:
+        # What followed it is gone: this is the newest there is.
+        edit.run("UPDATE nodes SET successor = 0 WHERE inode = ?", (new.inode,))
+        edit.changed(new.inode)
     edit.log(new.inode, parent=parent, name=name)
     return new.inode
 
 
 def newest(rows: Rows, node: Node) -> Node:
+    found = node
     for _ in range(_VERSIONS_MAX):
         following = rows.node(node.successor) if node.successor else None
         if following is None:
             break
         node = following
-    return node
+        if _is_left(node):
+            found = node
+    return found
+
+
+def _is_left(node: Node) -> bool:
+    """Whether a name may still be given: a local file that lost its last one goes any moment."""
+    return node.content is ContentKind.OBJECT or node.nlink > 0
 
 
 def _move(edit: Edit, directory: Node, name: bytes, entry: Entry, new: Node) -> None:
@@ -126,6 +144,7 @@ def _move(edit: Edit, directory: Node, name: bytes, entry: Entry, new: Node) -> 
     if directory.frozen:
         shown = _sandboxes_showing(edit.rows, directory.inode, name)
         edit.add_links(entry.node.inode, -shown)
+        edit.unlinked |= shown > 0
         edit.add_links(new.inode, shown)
 
 
@@ -160,7 +179,7 @@ def set_validator(
         " WHERE inode = ?",
         (validator, checked_ns, None if ranges is None else int(ranges), inode),
     )
-    edit.nodes_changed.add(inode)
+    edit.changed(inode)
     edit.log(inode, validator=validator, ranges=ranges)
 
 
@@ -171,7 +190,7 @@ def set_validators(edit: Edit, told: Sequence[tuple[Inode, str]], *, checked_ns:
             "UPDATE nodes SET validator = ?, checked_ns = ? WHERE inode = ?",
             (validator, checked_ns, inode),
         )
-        edit.nodes_changed.add(inode)
+        edit.changed(inode)
     edit.log(Inode(0), told=[[inode, validator] for inode, validator in told])
 
 

@@ -15,9 +15,11 @@ from typing import Protocol
 
 import trio
 
+from stagefs.cache.hashing import PassingSlots
 from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
 from stagefs.model import MIB, Checksum, Inode, ObjectId, Span
 from stagefs.namespace.node import Node
+from stagefs.objects.courtesy import COURTESY
 from stagefs.objects.readahead import ReadAhead
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
@@ -49,8 +51,12 @@ class ReadableEntry(Protocol):
     def chunk_bytes(self) -> int: ...
     @property
     def chunk_shift(self) -> int: ...
-    def commit(self, first_chunk: int, count: int = 1) -> None: ...
+    def commit(
+        self, first_chunk: int, count: int = 1, *, passing: PassingSlots | None = None
+    ) -> None: ...
     def verify(self, chunk: int, count: int = 1) -> bool: ...
+    def reserve(self, first_chunk: int, count: int) -> None: ...
+    def give_back(self, chunks: list[int]) -> None: ...
 
 
 class Failure:
@@ -67,9 +73,30 @@ class Content:
     """See the module docstring.  Made and dropped by Objects only."""
 
     __slots__ = (
-        "changed", "checksum", "checksum_proved", "entry", "failures", "flight_count", "flights",
-        "holds", "inode", "key", "object_id", "place", "preadv_flags", "ranges", "serving",
-        "shared", "size_bytes", "to_verify", "url", "validator", "waiting", "whole",
+        "changed",
+        "checksum",
+        "checksum_proved",
+        "entry",
+        "failures",
+        "flight_count",
+        "flights",
+        "hoards",
+        "holds",
+        "inode",
+        "key",
+        "object_id",
+        "place",
+        "postponed",
+        "preadv_flags",
+        "ranges",
+        "serving",
+        "shared",
+        "size_bytes",
+        "to_verify",
+        "url",
+        "validator",
+        "waiting",
+        "whole",
     )  # fmt: skip
 
     def __init__(
@@ -97,10 +124,14 @@ class Content:
         # A small object that has arrived and is still being stored.
         self.whole: bytes | None = None
         self.holds = 0
+        # Those of them that only want it cached.
+        self.hoards = 0
         # Where it lies, when it was fetched ahead of a task and no task has read it yet.
         self.place: tuple[Inode, int] | None = None
         self.flights: dict[int, Flight] = {}
         self.flight_count = 0
+        # What is to be fetched ahead as soon as fewer fetches are on their way.
+        self.postponed: Span | None = None
         self.waiting: dict[int, trio.Event] = {}
         self.failures: dict[int, Failure] = {}
         self.shared: dict[str, Shared] = {}
@@ -161,12 +192,13 @@ class Flight:
     """One fetch on its way: the sink that the remote writes through.
 
     ``chunks`` are those it will bring; each is committed when it is whole, in a worker thread:
-    hashing takes time, and the file's lock is often held by those who write into it.
+    hashing what no remote has shown takes time, and the file's lock is often held by those
+    who write into it.
     """
 
     __slots__ = (
         "_begin", "_begun_at", "_committed", "_content", "_counters", "_entry", "_failure",
-        "_idle", "_whole", "chunks", "span",
+        "_idle", "_passing", "_reserved", "_served_before", "_whole", "chunks", "span",
     )  # fmt: skip
 
     def __init__(
@@ -188,10 +220,22 @@ class Flight:
         self._idle = trio.Event()
         self._idle.set()
         self._failure: CacheFailed | None = None
+        self._passing = PassingSlots(size_bytes=content.size_bytes, chunk_bytes=entry.chunk_bytes)
+        self._served_before = COURTESY.served
+        self._reserved = False
         self.chunks = chunks
         start = chunks.start << entry.chunk_shift
         stop = min(chunks.stop << entry.chunk_shift, content.size_bytes)
         self.span = Span(start, stop - start)
+
+    def passed(self, start: int, data: memoryview) -> None:
+        """See ``remote.base.WatchingSink``.  In the fetch's thread."""
+        self._passing.passed(start, data)
+
+    def between_pieces(self) -> None:
+        content = self._content
+        if content.holds == content.hoards:
+            self._served_before = COURTESY.pause(self._served_before)
 
     @property
     def url(self) -> str:
@@ -235,6 +279,18 @@ class Flight:
             self._idle = trio.Event()
             self._begin(self._commit)
 
+    async def reserve(self) -> None:
+        """Before the fetch: set its disk blocks aside (see ``cache.entry``)."""
+        self._reserved = True
+        await trio.to_thread.run_sync(self._entry.reserve, self.chunks.start, len(self.chunks))
+
+    async def give_back(self) -> None:
+        """When the fetch has failed, and while its chunks are still in ``flights``."""
+        if self._reserved:
+            flights = self._content.flights
+            left = [chunk for chunk in self.chunks if flights.get(chunk) is self]
+            await trio.to_thread.run_sync(self._entry.give_back, left)
+
     async def settled(self) -> None:
         """Return when all that landed is committed.  Raises CacheFailed."""
         self.hurry()
@@ -261,7 +317,7 @@ class Flight:
 
     def _commit_chunks(self, chunks: Sequence[int]) -> None:
         for run in _runs(chunks):
-            self._entry.commit(run.start, len(run))
+            self._entry.commit(run.start, len(run), passing=self._passing)
 
 
 def _runs(chunks: Sequence[int]) -> list[range]:
@@ -324,10 +380,12 @@ class OpenObject:
     are served from the kernel's page cache and never come here.
     """
 
-    __slots__ = ("ahead", "content", "node")
+    __slots__ = ("ahead", "content", "hoards", "node")
 
-    def __init__(self, node: Node, ahead: ReadAhead) -> None:
+    def __init__(self, node: Node, ahead: ReadAhead, *, hoards: bool = False) -> None:
+        """``hoards``: nobody reads; the object is to be cached."""
         self.node = node
+        self.hoards = hoards
         self.content: Content | None = None
         self.ahead = ahead
 
@@ -337,11 +395,9 @@ class OpenObject:
         The answer is valid until the next call (any handle's).
         """
         content = self.content
-        if content is None or offset >= self.ahead.trigger:
+        if content is None or offset >= self.ahead.trigger or content.serving is None:
             return None
         entry = content.serving
-        if entry is None:
-            return None
         stop = offset + size
         stop = min(stop, content.size_bytes)
         length = stop - offset
@@ -357,4 +413,7 @@ class OpenObject:
             done = os.preadv(entry.fd, (piece,), entry.base + offset, content.preadv_flags)
         except OSError:
             return None
-        return piece if done == length else None
+        if done != length:
+            return None
+        COURTESY.served += 1
+        return piece

@@ -6,6 +6,8 @@ Trio thread only.  An entry is held in the cache for as long as its content is i
 import collections
 import itertools
 import logging
+from collections.abc import Iterable
+from typing import TypeVar
 
 import trio
 
@@ -17,6 +19,8 @@ from stagefs.namespace.node import Node
 from stagefs.objects.content import Content, Counters
 from stagefs.objects.volatile import VolatileBudget, VolatileEntry
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX
+
+_With = TypeVar("_With")
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +63,21 @@ class Contents:
             return content
         return self._open(node)
 
-    def newly_opened(self, node: Node) -> Content | None:
-        """The content of a node's object, when it was not open before."""
-        assert node.object_id is not None
-        return None if node.object_id.key in self._by_key else self._open(node)
+    def newly_opened(self, wanted: Iterable[tuple[Node, _With]]) -> list[tuple[Content, _With]]:
+        """The contents of those nodes' objects that were not open before."""
+        new = {}
+        for node, what in wanted:
+            assert node.object_id is not None
+            key = node.object_id.key
+            if key not in self._by_key:
+                new[key] = node, what
+        absent = set() if self._cache is None else self._cache.absent(list(new))
+        return [
+            (self._open(node, is_absent=key in absent), what) for key, (node, what) in new.items()
+        ]
 
-    def _open(self, node: Node) -> Content:
+    def _open(self, node: Node, *, is_absent: bool = False) -> Content:
+        """``is_absent``: the cache is known to hold nothing of it."""
         assert node.object_id is not None
         content = Content(
             inode=node.inode,
@@ -75,7 +88,7 @@ class Contents:
             ranges=node.ranges,
         )
         self._by_key[content.key] = content
-        if self._cache is not None:
+        if self._cache is not None and not is_absent:
             entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)
             if entry is not None and self._cache.hold(entry):
                 # A small object was compared with its checksum before it was stored.

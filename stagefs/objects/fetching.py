@@ -28,14 +28,16 @@ from stagefs.objects.content import (
 )
 from stagefs.objects.contents import Contents
 from stagefs.objects.recent import RecentErrors
+from stagefs.objects.replicas import Replicas
 from stagefs.objects.room import Room
-from stagefs.remote.base import Remote
 
 log = logging.getLogger(__name__)
 
 # A fetch that is decided brings at most this much: small enough that its tail is not far
 # behind, large enough that the request's own cost vanishes.
 SPAN_BYTES_MAX = 16 * MIB
+# From this length on the time that reserving saves is worth a visit to a worker thread.
+RESERVE_BYTES_MIN = 4 * MIB
 
 
 class Fetcher:
@@ -45,7 +47,7 @@ class Fetcher:
         self,
         *,
         nursery: trio.Nursery,
-        remote_for: Callable[[str], Remote],
+        replicas: Replicas,
         room: Room,
         contents: Contents,
         errors: RecentErrors,
@@ -55,7 +57,7 @@ class Fetcher:
         changed: Callable[[Content], None],
     ) -> None:
         self._nursery = nursery
-        self._remote_for = remote_for
+        self._replicas = replicas
         self._room = room
         self._contents = contents
         self._errors = errors
@@ -69,9 +71,11 @@ class Fetcher:
 
     def plan(self, content: Content, wanted: Span, *, urgent: Span) -> None:
         """Start fetches for what is neither here nor coming.  ``urgent`` (what a read waits for)
-        is always fetched; the rest of ``wanted`` only within the limits."""
+        is always fetched; the rest of ``wanted`` within the limits, and when other fetches of
+        the content have ended."""
         entry = content.entry
         assert entry is not None
+        content.postponed = None
         if content.changed is not None:
             return
         if not content.ranges:
@@ -88,6 +92,8 @@ class Fetcher:
                 first = state.find(ABSENT, first + 1, chunks.stop)
                 continue
             if first >= urgent_stop and not self._may_start(content):
+                start = max(first << entry.chunk_shift, wanted.start)
+                content.postponed = Span(start, wanted.stop - start)
                 return
             stop = first + 1
             # What is urgent flies alone with its neighbours, so that it lands first.
@@ -135,21 +141,9 @@ class Fetcher:
         entry = content.entry
         error: StageFSError | None = None
         try:
-            async with self._room.for_bytes(flight.span.length):
-                self._counters.fetches += 1
-                try:
-                    await self._remote_for(content.url).fetch(
-                        content.url, flight.span, sink=flight, validator=content.validator
-                    )
-                finally:
-                    # What has landed stays, also of a fetch that failed.
-                    await flight.settled()
-        except StageFSError as failure:
-            error = failure
-        except Exception as failure:
-            self._counters.unexpected += 1
-            log.exception("fetch of %s failed unexpectedly", content.url)
-            error = RemoteError(f"fetching {content.url} failed unexpectedly ({failure!r})")
+            error = await self._bring(content, flight)
+            if error is not None:
+                await flight.give_back()
         finally:
             content.flight_count -= 1
             self.flights.discard(flight)
@@ -160,8 +154,32 @@ class Fetcher:
             if error is not None and content.entry is entry:
                 self.failed(content, left, error)
             content.wake(left)
+        if error is None and content.postponed is not None and content.holds:
+            # A reader that goes through what is here says nothing until it runs out of it.
+            rest = content.postponed
+            self.plan(content, rest, urgent=Span(rest.start, 0))
         if error is None and content.checksum is not None and not content.checksum_proved:
             content.wake_all()
+
+    async def _bring(self, content: Content, flight: Flight) -> StageFSError | None:
+        """Why it failed, if it did."""
+        try:
+            async with self._room.for_bytes(flight.span.length):
+                self._counters.fetches += 1
+                if flight.span.length >= RESERVE_BYTES_MIN and self._room.is_ample:
+                    await flight.reserve()
+                try:
+                    await self._replicas.fetch(content, flight.span, flight)
+                finally:
+                    # What has landed stays, also of a fetch that failed.
+                    await flight.settled()
+        except StageFSError as failure:
+            return failure
+        except Exception as failure:
+            self._counters.unexpected += 1
+            log.exception("fetch of %s failed unexpectedly", content.url)
+            return RemoteError(f"fetching {content.url} failed unexpectedly ({failure!r})")
+        return None
 
     def failed(self, content: Content, chunks: list[int], error: StageFSError) -> None:
         if isinstance(error, RangesRefused):
@@ -173,6 +191,7 @@ class Fetcher:
             self._contents.serve_from_memory(content, error)
             return
         self._counters.failed_fetches += 1
+        self._errors.count(content.url, error)
         self._errors.note(content.key, error)
         log.log(error.log_level, "fetch of %s: %s", content.url, error)
         if isinstance(error, ObjectChanged):

@@ -36,6 +36,7 @@ from stagefs.objects.preparing import Preparing
 from stagefs.objects.proving import digest_of_file, mismatch
 from stagefs.objects.readahead import ReadAhead
 from stagefs.objects.recent import RecentError, RecentErrors
+from stagefs.objects.replicas import Replicas
 from stagefs.objects.room import Room
 from stagefs.objects.sharing import Sharing
 from stagefs.objects.small import SmallFetcher
@@ -67,17 +68,21 @@ class Objects:
         inline_flags: int | None,
         remote_for: Callable[[str], Remote],
         settings: ReadSettings,
+        once_for: Callable[[str], Remote] | None = None,
     ) -> None:
-        """``inline_flags``: see ``inline.inline_read_flags`` of the cache's directory."""
+        """``inline_flags``: see ``inline.inline_read_flags`` of the cache's directory.
+        ``once_for``: see ``Replicas``; None: as ``remote_for``."""
         self._namespace = namespace
         self._cache = cache
         self._remote_for = remote_for
+        self._once_for = once_for or remote_for
         self._settings = settings
         self.counters = Counters()
         self.errors = RecentErrors()
         self._contents = Contents(
             cache, inline_flags=inline_flags, settings=settings, counters=self.counters
         )
+        self.replicas: Replicas
         self._nursery: trio.Nursery
         self._room: Room
         self._fetcher: Fetcher
@@ -100,9 +105,16 @@ class Objects:
         settings, remote_for = self._settings, self._remote_for
         self._room = Room(self._cache, self._contents.close_idle)
         self._sharing = Sharing(nursery, self.counters)
+        self.replicas = Replicas(
+            nursery=nursery,
+            namespace=self._namespace,
+            remote_for=remote_for,
+            once_for=self._once_for,
+            affinity=settings.affinity or "",
+        )
         self._fetcher = Fetcher(
             nursery=nursery,
-            remote_for=remote_for,
+            replicas=self.replicas,
             room=self._room,
             contents=self._contents,
             errors=self.errors,
@@ -121,11 +133,13 @@ class Objects:
             contents=self._contents,
             fetcher=self._fetcher,
             sharing=self._sharing,
+            replicas=self.replicas,
             remote_for=remote_for,
         )
         if self._cache is not None:
             small = SmallFetcher(
                 nursery=nursery,
+                replicas=self.replicas,
                 remote_for=remote_for,
                 cache=self._cache,
                 failed=self._fetcher.failed,
@@ -138,25 +152,27 @@ class Objects:
 
     # Open objects
 
-    def open(self, node: Node) -> OpenObject:
-        """A handle on the node's object.  Contacts nobody."""
+    def open(self, node: Node, *, hoards: bool = False) -> OpenObject:
+        """A handle on the node's object.  Contacts nobody.  ``hoards``: see OpenObject."""
         ahead = ReadAhead(
             size_bytes=node.size_bytes,
             window_bytes_max=self._room.ahead_bytes_max(self._settings.window_bytes_max),
             seek_tolerance_bytes=self._settings.seek_tolerance_bytes,
         )
-        return OpenObject(node, ahead)
+        return OpenObject(node, ahead, hoards=hoards)
 
     def release(self, opened: OpenObject) -> None:
         content, opened.content = opened.content, None
         if content is not None:
             content.holds -= 1
+            content.hoards -= opened.hoards
 
     def _content(self, opened: OpenObject) -> Content:
         content = opened.content
         if content is None:
             content = opened.content = self._contents.of(opened.node)
             content.holds += 1
+            content.hoards += opened.hoards
             self._preparing.reached(content)
         return content
 
@@ -192,6 +208,18 @@ class Objects:
         )
         self._fetcher.given_up(content, span, error)
         raise error
+
+    def cached(self, opened: OpenObject, offset: int, size: int) -> bool:
+        """Whether a read needs nothing from the remote, as far as is known before it."""
+        content = self._content(opened)
+        length = min(size, content.size_bytes - offset)
+        if length <= 0 or content.whole is not None:
+            return True
+        entry = content.entry
+        if entry is None:
+            return False
+        chunks = content.chunks(Span(offset, length))
+        return entry.state.count(ABSENT, chunks.start, chunks.stop) == 0
 
     async def _read(self, content: Content, ahead: ReadAhead, span: Span) -> memoryview | bytes:
         wanted = ahead.wanted(span)
@@ -285,6 +313,11 @@ class Objects:
 
     async def _prove(self, content: Content) -> None:
         """Fetch the whole, compare it with the declared checksum, and only then serve it."""
+        while not await self._is_proved(content):
+            await self._preparing.entry(content)
+
+    async def _is_proved(self, content: Content) -> bool:
+        """Raises ChecksumMismatch; False: it is to be fetched again, from one replica alone."""
         await self._fetch_whole(content, lambda _bytes: None)
         entry = content.entry
         assert entry is not None
@@ -301,12 +334,14 @@ class Objects:
         if found == checksum.digest:
             content.checksum_proved = True
             content.serving = entry
-            return
+            return True
         self.counters.checksum_mismatches += 1
         error = mismatch(content.url, checksum, found)
         self.errors.note(content.key, error)
         log.error("%s", error)
         self._contents.start_again(content)
+        if self.replicas.blame(content):
+            return False
         content.failures[0] = Failure(error, trio.current_time() + self._settings.failure_hold_s)
         raise error
 
@@ -338,7 +373,7 @@ class Objects:
         fetch in it has the remote's."""
         if not node.size_bytes:
             return
-        opened = self.open(node)
+        opened = self.open(node, hoards=True)
         content = self._content(opened)
         try:
             while True:

@@ -16,6 +16,7 @@ from stagefs.namespace.store import Namespace
 from stagefs.objects.content import Content
 from stagefs.objects.contents import Contents
 from stagefs.objects.fetching import Fetcher
+from stagefs.objects.replicas import UNASKED, Replicas
 from stagefs.objects.sharing import Sharing
 from stagefs.objects.small import SHARED_NAME, Arrival, SmallFetcher
 from stagefs.objects.walking import Place, Walks
@@ -30,12 +31,14 @@ class Preparing:
         contents: Contents,
         fetcher: Fetcher,
         sharing: Sharing,
+        replicas: Replicas,
         remote_for: Callable[[str], Remote],
     ) -> None:
         self._namespace = namespace
         self._contents = contents
         self._fetcher = fetcher
         self._sharing = sharing
+        self._replicas = replicas
         self._remote_for = remote_for
         self._small: SmallFetcher | None = None
         self._walks: Walks | None = None
@@ -58,6 +61,8 @@ class Preparing:
                 if not was_queued:
                     self._walks.missed(content.inode)
                 await shared.wait()
+            elif content.validator is None and self._replicas.of(content) is not None:
+                content.validator = UNASKED + content.object_id.version
             elif content.validator is None:
                 self._fetcher.raise_failure(content, 0)
                 await self._sharing.run(content, "contact", self._first_contact)
@@ -114,18 +119,18 @@ class Preparing:
             place, content.place = content.place, None
             self._walks.reached(place)
 
-    def _fetch_ahead(self, node: Node, place: Place) -> bool:
-        """Queue a neighbour, if it is a small object that is not here yet."""
+    def _fetch_ahead(self, neighbours: Sequence[tuple[Node, Place]]) -> int:
+        """Queue those that are small objects and not here yet; how many."""
         small = self._small
         assert small is not None
-        if node.object_id is None or not node.size_bytes or not small.takes_size(node.size_bytes):
-            return False
-        content = self._contents.newly_opened(node)
-        if (
-            content is None
-            or content.entry is not None
-            or small.want(content, urgent=False) is None
-        ):
-            return False
-        content.place = place
-        return True
+        fit = [
+            (node, place)
+            for node, place in neighbours
+            if node.object_id is not None and node.size_bytes and small.takes_size(node.size_bytes)
+        ]
+        queued = 0
+        for content, place in self._contents.newly_opened(fit):
+            if content.entry is None and small.want(content, urgent=False) is not None:
+                content.place = place
+                queued += 1
+        return queued

@@ -1,26 +1,10 @@
 """Declared checksums: hashing a whole cached object, in a worker thread."""
 
-import hashlib
 import os
-from typing import Protocol
-
-import xxhash
 
 from stagefs.errors import ChecksumMismatch
 from stagefs.model import MIB, Checksum, ChecksumKind
-
-
-class Hasher(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
-def hasher(kind: ChecksumKind) -> Hasher:
-    if kind is ChecksumKind.SHA256:
-        return hashlib.sha256()
-    if kind is ChecksumKind.MD5:
-        return hashlib.md5(usedforsecurity=False)
-    return xxhash.xxh3_64()
+from stagefs.remote.digest import hasher
 
 
 def mismatch(url: str, declared: Checksum, found: str) -> ChecksumMismatch:

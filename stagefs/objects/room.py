@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 # Of a small cache, read-ahead may take this share: else it would evict what it just brought.
 AHEAD_SHARE = 4
 AHEAD_BYTES_MIN = 4 * MIB
+# What is reserved on the disk counts as used before it has come, so a cache that is nearly full
+# reserves nothing.
+AMPLE_BYTES = 1024 * MIB
 
 
 class Room:
@@ -36,6 +39,11 @@ class Room:
             return wanted_bytes
         share = max(self._cache.capacity_bytes // AHEAD_SHARE, AHEAD_BYTES_MIN)
         return min(wanted_bytes, share)
+
+    @property
+    def is_ample(self) -> bool:
+        cache = self._cache
+        return cache is not None and cache.headroom_bytes - self._promised_bytes >= AMPLE_BYTES
 
     @asynccontextmanager
     async def for_bytes(self, length_bytes: int) -> AsyncIterator[None]:

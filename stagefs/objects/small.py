@@ -20,6 +20,8 @@ from stagefs.errors import CacheFailed, ObjectChanged, RemoteError, StageFSError
 from stagefs.model import WholeObject
 from stagefs.objects.content import Content, Counters, Shared
 from stagefs.objects.proving import digest_of_bytes, mismatch
+from stagefs.objects.replica_choice import Source
+from stagefs.objects.replicas import UNASKED, Replicas
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, Remote
 
 log = logging.getLogger(__name__)
@@ -34,11 +36,14 @@ Arrival = tuple[Content, WholeObject]
 
 
 class Wanted(msgspec.Struct, frozen=True, eq=False):
-    """One object of a batch (see ``remote.base.BatchItem``)."""
+    """One object of a batch (see ``remote.base.BatchItem``).  ``source``: where it has replicas,
+    the one that is asked; ``failed``: what those said that were asked before."""
 
     content: Content
     url: str
     validator: str | None
+    source: Source | None = None
+    failed: dict[str, StageFSError] = {}
 
 
 def _small_object(content: Content, whole: WholeObject) -> SmallObject:
@@ -51,11 +56,23 @@ def _small_object(content: Content, whole: WholeObject) -> SmallObject:
     )
 
 
+def _as_of(item: Wanted, whole: WholeObject) -> WholeObject:
+    """What another replica brought, under the validator that the object has."""
+    content = item.content
+    if item.source is None or item.source.is_first:
+        return whole
+    if content.validator is None:
+        content.validator = UNASKED + content.object_id.version
+    known = msgspec.structs.replace(whole.info, validator=content.validator)
+    return msgspec.structs.replace(whole, info=known)
+
+
 class SmallFetcher:
     def __init__(
         self,
         *,
         nursery: trio.Nursery,
+        replicas: Replicas,
         remote_for: Callable[[str], Remote],
         cache: Cache,
         failed: Callable[[Content, list[int], StageFSError], None],
@@ -65,6 +82,7 @@ class SmallFetcher:
         stored: Callable[[Content, WholeObject, Entry | CacheFailed], None],
     ) -> None:
         self._nursery = nursery
+        self._replicas = replicas
         self._remote_for = remote_for
         self._cache = cache
         self._failed = failed
@@ -84,12 +102,21 @@ class SmallFetcher:
         shared = content.shared.get(SHARED_NAME)
         if shared is not None:
             return shared
-        remote = self._remote_for(content.url)
-        queue = self._queues.setdefault(id(remote), deque())
-        if not urgent and len(queue) >= QUEUE_MAX:
+        source = self._replicas.best(content, ())
+        if source is None:
+            wanted = Wanted(content, content.url, content.validator)
+        else:
+            wanted = Wanted(content, source.url, source.validator, source)
+        if not self._queue(wanted, urgent=urgent):
             return None
         shared = content.shared[SHARED_NAME] = Shared()
-        wanted = Wanted(content, content.url, content.validator)
+        return shared
+
+    def _queue(self, wanted: Wanted, *, urgent: bool) -> bool:
+        remote = self._remote_for(wanted.url)
+        queue = self._queues.setdefault(id(remote), deque())
+        if not urgent and len(queue) >= QUEUE_MAX:
+            return False
         if urgent:
             queue.appendleft(wanted)
         else:
@@ -101,7 +128,7 @@ class SmallFetcher:
         if not running or (running < self._settings.small_batches_in_flight and len(queue) >= full):
             self._running[id(remote)] = running + 1
             self._nursery.start_soon(self._drain, remote, queue)
-        return shared
+        return True
 
     async def _drain(self, remote: Remote, queue: deque[Wanted]) -> None:
         try:
@@ -126,9 +153,9 @@ class SmallFetcher:
         for item, result in zip(items, results, strict=True):
             checked = self._check(item, result)
             if isinstance(checked, StageFSError):
-                self._fail(item.content, checked)
+                self._fail(item, checked)
             else:
-                good.append((item.content, checked))
+                good.append((item.content, _as_of(item, checked)))
         if not good:
             return
         self._counters.small_objects += len(good)
@@ -169,17 +196,28 @@ class SmallFetcher:
         content = item.content
         if len(result.data) != content.size_bytes:
             return ObjectChanged(
-                f"{content.url} has {len(result.data)} bytes, {content.size_bytes} were "
+                f"{item.url} has {len(result.data)} bytes, {content.size_bytes} were "
                 "registered; stage it in again with --replace"
             )
         if content.checksum is not None:
             found = digest_of_bytes(result.data, content.checksum.kind)
             if found != content.checksum.digest:
                 self._counters.checksum_mismatches += 1
-                return mismatch(content.url, content.checksum, found)
+                return mismatch(item.url, content.checksum, found)
         return result
 
-    def _fail(self, content: Content, error: StageFSError) -> None:
+    def _fail(self, item: Wanted, error: StageFSError) -> None:
+        """Ask the next replica, or give up."""
+        content = item.content
+        if item.source is not None:
+            failed = {**item.failed, item.url: error}
+            ended = self._replicas.whole_failed(content, item.source, error)
+            following = None if ended else self._replicas.best(content, failed)
+            if following is not None:
+                again = Wanted(content, following.url, following.validator, following, failed)
+                self._queue(again, urgent=True)
+                return
+            error = ended or self._replicas.none_left(content, failed)
         self._failed(content, [0], error)
         shared = content.shared.pop(SHARED_NAME)
         shared.error = error

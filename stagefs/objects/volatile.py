@@ -10,6 +10,7 @@ import collections
 import ctypes
 import os
 
+from stagefs.cache.hashing import PassingSlots
 from stagefs.model import CHUNK_BYTES, Checksum, ObjectId
 
 ABSENT, VERIFIED = 0, 2
@@ -73,10 +74,20 @@ class VolatileEntry:
         os.ftruncate(self.fd, size_bytes)
         self._budget = budget
 
-    def commit(self, first_chunk: int, count: int = 1) -> None:
+    def commit(
+        self, first_chunk: int, count: int = 1, *, passing: PassingSlots | None = None
+    ) -> None:
+        """Nothing is hashed: these bytes do not outlive the daemon."""
+        del passing
         for chunk in range(first_chunk, first_chunk + count):
             self.state[chunk] = VERIFIED
             self._budget.add(self, chunk)
+
+    def reserve(self, first_chunk: int, count: int) -> None:
+        """Memory comes page by page."""
+
+    def give_back(self, chunks: list[int]) -> None:
+        pass
 
     def verify(self, chunk: int, count: int = 1) -> bool:
         return self.state.count(VERIFIED, chunk, chunk + count) == count

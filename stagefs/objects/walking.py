@@ -6,7 +6,7 @@ fetched ahead.  A jump begins anew.  Trio thread; at most WALKS_MAX directories 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stagefs.model import Inode
 from stagefs.namespace.node import Node
@@ -23,26 +23,27 @@ Place = tuple[Inode, int]
 
 class Walk:
     """``cookie`` is where the task was last, ``until`` how far names were fetched ahead, and
-    ``left`` how many of these it has not read yet."""
+    ``left`` how many of these it has not read yet.  ``ended``: no name came after these."""
 
-    __slots__ = ("ahead", "cookie", "left", "until")
+    __slots__ = ("ahead", "cookie", "ended", "left", "until")
 
     def __init__(self, cookie: int) -> None:
         self.cookie = cookie
         self.until = cookie
         self.ahead = 0
         self.left = 0
+        self.ended = False
 
 
 class Walks:
-    """``fetch_ahead`` starts to fetch a node if that is worth it, and says whether it did."""
+    """``fetch_ahead`` starts to fetch those nodes for which that is worth it, and says how many."""
 
     def __init__(
         self,
         namespace: Namespace,
         *,
         ahead_max: int,
-        fetch_ahead: Callable[[Node, Place], bool],
+        fetch_ahead: Callable[[Sequence[tuple[Node, Place]]], int],
     ) -> None:
         self._namespace = namespace
         self._ahead_max = ahead_max
@@ -71,7 +72,7 @@ class Walks:
         """A task reads a file that was fetched ahead of it."""
         directory, cookie = place
         walk = self._walks.get(directory)
-        if walk is None or not walk.ahead:
+        if walk is None or not walk.ahead or walk.ended:
             return
         walk.cookie = max(walk.cookie, cookie)
         walk.left -= 1
@@ -87,7 +88,10 @@ class Walks:
 
     def _go_on(self, directory: Inode, walk: Walk) -> None:
         walk.ahead = min(max(AHEAD_FIRST, walk.ahead * 2), self._ahead_max)
-        for cookie, _name, node in self._namespace.page(directory, walk.until, walk.ahead):
-            walk.until = cookie
-            if self._fetch_ahead(node, (directory, cookie)):
-                walk.left += 1
+        following = self._namespace.upcoming(directory, walk.until, walk.ahead)
+        walk.ended = len(following) < walk.ahead
+        if following:
+            walk.until = following[-1][0]
+            walk.left += self._fetch_ahead(
+                [(node, (directory, cookie)) for cookie, _name, node in following]
+            )

@@ -1,8 +1,9 @@
 """Where S3 credentials, region and endpoint come from: settings, environment, ~/.aws.
 
 The files are read as the AWS tools write them (``[profile name]`` sections in ``config``, plain
-ones in ``credentials``); roles, SSO and credential processes are not.  Where nothing is
-found here, obstore looks for the identity of the machine or container.  Never logged.
+ones in ``credentials``); roles, SSO and credential processes are not.  Where nothing is found
+here, the identity of the machine is asked for: by obstore for reading, in ``aws_machine`` for
+writing.  Never logged.
 """
 
 import configparser
@@ -15,6 +16,8 @@ from stagefs.remote.settings import RemoteSettings
 
 DEFAULT_PROFILE = "default"
 DEFAULT_REGION = "us-east-1"
+# As the AWS tools call it: where a machine's own keys are asked for.
+MACHINE_ENDPOINT_NAME = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 
 
 class Keys(msgspec.Struct, frozen=True):

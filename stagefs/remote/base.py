@@ -2,7 +2,8 @@
 
 A remote turns URLs into objects.  It knows neither cache nor namespace.  Every method is
 called from the trio thread, may be cancelled at any time, and then leaves nothing behind:
-no thread still writing into a sink, no child process, no half-read connection in a pool.
+no thread still writing into a sink, no child process, no half-read connection in a pool, and
+no half object at the remote as long as that can be reached.
 Implementations translate every foreign exception into ``stagefs.errors`` (``raise ... from``),
 name the public URL in each message, and never a credential.
 
@@ -11,11 +12,11 @@ Deadlines: connect and first byte, and progress (a transfer that moves no byte f
 DeadlineExceeded.  Retries, limits and circuits are wrappers with this same interface.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from stagefs.errors import StageFSError
-from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span, WholeObject
 
 # Objects up to this size may be fetched whole, in batches (``fetch_batch``).
 WHOLE_OBJECT_BYTES_MAX = 64 << 10
@@ -38,6 +39,22 @@ class Sink(Protocol):
     def shift(self) -> int: ...
 
     def landed(self, span: Span) -> None: ...
+
+
+@runtime_checkable
+class WatchingSink(Protocol):
+    """A sink that wants to see bytes while they are in memory, so that nobody has to read them
+    back."""
+
+    def passed(self, start: int, data: memoryview) -> None:
+        """``data`` was written, as bytes ``start`` and following of the object.  Called by the
+        one thread that may write; not every remote calls it, nor for every byte."""
+        ...
+
+    def between_pieces(self) -> None:
+        """Called by that thread where it may be kept waiting for a moment (much less than a
+        second), without holding anything up."""
+        ...
 
 
 class BatchItem(Protocol):
@@ -81,6 +98,50 @@ class Remote(Protocol):
     async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
         """Fetch small objects (each at most WHOLE_OBJECT_BYTES_MAX) whole, pipelined; one
         result or error for each item, in order.  A larger object gives ObjectChanged."""
+        ...
+
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        """Make the content of a file the object at ``url``, all of it at once or not at all.
+
+        ``source`` is a readable descriptor of a whole file of ``size_bytes`` that does not
+        change; it is read at offsets, by several readers at once, through a copy of its own, so
+        the caller may close it when this returns or raises.  The object appears under its name
+        only when every byte is there and its size was checked; its content is compared with
+        ``checksum`` as far as the protocol makes that cheap, and with the source where it is
+        small.  Directories above it are made.  ``mode`` is given to it where the remote has
+        permission bits (None: as the remote makes files).
+
+        Without ``overwrite`` an object that exists is never replaced, whoever made it and
+        however late; one with the very content of the source counts as done, so that a put whose
+        answer was lost can be repeated.  What earlier tries left at the remote is removed.
+
+        ``progress`` is called in the trio thread with the number of bytes that were sent so
+        far; it begins anew with each attempt.
+
+        Raises NameExists, AccessDenied, NoSpace (where the remote tells), RemoteUnavailable,
+        DeadlineExceeded, ChecksumMismatch (the source is not what was declared, or arrived
+        damaged), StateFailed (the source cannot be read), InvalidUrl (the URL names no object),
+        NotSupported (the protocol only reads, or cannot keep the promise about ``overwrite``),
+        RemoteError.
+        """
+        ...
+
+    async def delete(self, url: str) -> None:
+        """Remove an object.  One that is not there is as good; directories stay.
+
+        Raises AccessDenied, RemoteUnavailable, DeadlineExceeded, InvalidUrl (the URL names no
+        object), NotSupported (the protocol only reads), RemoteError (a directory, among others).
+        """
         ...
 
     async def aclose(self) -> None:

@@ -3,7 +3,7 @@
 The validator is modification time, size and inode number, compared before and after each
 fetch.  A file that is rewritten in place within the clock's granularity and keeps its size
 cannot be told apart; nothing on this side could.  Symbolic links are followed, as any
-program would.  Not for writing.
+program would.  Writing is in ``file_put``.
 
 Every call runs in a worker thread, because a network file system may stall; such a thread
 cannot be woken and ends when the kernel lets it.
@@ -26,13 +26,23 @@ from stagefs.errors import (
     RemoteUnavailable,
     StageFSError,
 )
-from stagefs.model import MIB, EntryKind, ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.model import (
+    MIB,
+    Checksum,
+    EntryKind,
+    ListedEntry,
+    ObjectInfo,
+    Span,
+    WholeObject,
+)
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.batch import not_the_version, shorter, too_large
 from stagefs.remote.credentials import CredentialStore
+from stagefs.remote.file_put import FilePut, remove_file
 from stagefs.remote.settings import RemoteSettings
-from stagefs.remote.threads import PIECE_BYTES, Call, SinkCall
-from stagefs.remote.url import is_file_name, join, parse
+from stagefs.remote.temporaries import Leftovers
+from stagefs.remote.threads import PIECE_BYTES, Call, SinkCall, SourceCall
+from stagefs.remote.url import is_file_name, join, name_to_write, parse
 
 T = TypeVar("T")
 
@@ -51,13 +61,15 @@ class FileRemote:
         self._answer_timeout_s = settings.answer_timeout_s
         self._progress_timeout_s = settings.progress_timeout_s
         self._threads = trio.CapacityLimiter(settings.concurrency * 2)
+        self._put_threads = trio.CapacityLimiter(settings.concurrency * 2)
         self._lookup_threads = trio.CapacityLimiter(settings.lookups * 2)
+        self._leftovers = Leftovers()
 
     async def stat(self, url: str) -> ObjectInfo:
         def work(call: Call[ObjectInfo]) -> ObjectInfo:
             del call
             try:
-                return _described(url, os.stat(_path(url)))
+                return described(url, os.stat(_path(url)))
             except OSError as exc:
                 raise _translated(exc, url) from exc
 
@@ -119,6 +131,52 @@ class FileRemote:
         )
         return await call.run(self._threads)
 
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        name_to_write(url)
+        path = _path(url)
+
+        def work(call: SourceCall[os.stat_result]) -> os.stat_result:
+            # It is not woken, but ends after a step; whoever cancels waits a moment for that.
+            call.interruptible(lambda: True)
+            return FilePut(
+                call,
+                url=url,
+                path=path,
+                size_bytes=size_bytes,
+                overwrite=overwrite,
+                checksum=checksum,
+                mode=mode,
+            ).run(self._leftovers)
+
+        call = SourceCall(
+            work,
+            url=url,
+            source=source,
+            progress=progress,
+            answer_timeout_s=self._answer_timeout_s,
+            progress_timeout_s=self._progress_timeout_s,
+        )
+        return described(url, await call.run(self._put_threads))
+
+    async def delete(self, url: str) -> None:
+        name_to_write(url)
+
+        def work(call: Call[None]) -> None:
+            del call
+            remove_file(_path(url), url)
+
+        await self._call(work, url).run(self._lookup_threads)
+
     async def aclose(self) -> None:
         """Nothing is kept open."""
 
@@ -168,11 +226,11 @@ def _listed(entry: os.DirEntry[str], base: str) -> ListedEntry | None:
     if stat.S_ISDIR(status.st_mode):
         return ListedEntry(entry.name, EntryKind.DIRECTORY, url)
     if stat.S_ISREG(status.st_mode):
-        return ListedEntry(entry.name, EntryKind.FILE, url, _described(url, status))
+        return ListedEntry(entry.name, EntryKind.FILE, url, described(url, status))
     return None
 
 
-def _described(url: str, status: os.stat_result) -> ObjectInfo:
+def described(url: str, status: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise RemoteError(f"{url} is {what}: name a file, or bind the directory.")
@@ -189,7 +247,7 @@ def _described(url: str, status: os.stat_result) -> ObjectInfo:
 def _opened(url: str, validator: str | None) -> Iterator[tuple[int, ObjectInfo]]:
     fd = os.open(_path(url), _OPEN_FLAGS)
     try:
-        info = _described(url, os.fstat(fd))
+        info = described(url, os.fstat(fd))
         if validator is not None and info.validator != validator:
             raise not_the_version(url, validator, info.validator)
         yield fd, info
@@ -198,7 +256,7 @@ def _opened(url: str, validator: str | None) -> Iterator[tuple[int, ObjectInfo]]
 
 
 def _unchanged(url: str, fd: int, info: ObjectInfo) -> None:
-    now = _described(url, os.fstat(fd)).validator
+    now = described(url, os.fstat(fd)).validator
     if now != info.validator:
         raise not_the_version(url, info.validator, now)
 

@@ -7,13 +7,9 @@ credentials along.  Never asks for an encoded body.  What answers mean is decide
 """
 
 import contextlib
-import http.client
-import logging
-import socket
-import ssl
-import threading
+import functools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urldefrag, urljoin
 
@@ -24,18 +20,15 @@ import urllib3.connection
 import urllib3.exceptions
 
 from stagefs.errors import (
-    DeadlineExceeded,
     InvalidUrl,
     NotSupported,
     RemoteError,
-    RemoteUnavailable,
-    StageFSError,
 )
-from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span, WholeObject
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.batch import fetch_each, too_large
 from stagefs.remote.credentials import CredentialStore
-from stagefs.remote.http_access import authorization, proxy_of, trusting
+from stagefs.remote.http_access import authorization, trusting
 from stagefs.remote.http_answers import (
     answer_to_range,
     check_encoding,
@@ -46,10 +39,11 @@ from stagefs.remote.http_answers import (
     size_of_partial,
     strong_etag,
 )
+from stagefs.remote.http_client import HttpClient, cut, receive, translated
 from stagefs.remote.http_index import html_entries, json_entries
 from stagefs.remote.settings import RemoteSettings
-from stagefs.remote.threads import PIECE_BYTES, Call, SinkCall
-from stagefs.remote.url import RemoteUrl, parse
+from stagefs.remote.threads import Call, SinkCall
+from stagefs.remote.url import RemoteUrl, check_writable, parse
 
 T = TypeVar("T")
 
@@ -63,55 +57,6 @@ LIST_PAGE_NAMES = 1000
 # Statuses of a HEAD that do not speak for a GET: signed URLs allow one method only, and some
 # servers know no HEAD.
 HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
-
-_serving = threading.local()
-
-# It logs each request with its query, and so with signatures and tokens.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.WARNING)
-
-
-class _WakeableConnection(urllib3.connection.HTTPConnection):
-    """A connection that the call which uses it can shut from the trio thread."""
-
-    _served: Call[Any] | None = None
-
-    def connect(self) -> None:
-        super().connect()
-        call: Call[Any] = _serving.call
-        call.checkpoint()
-
-    def putrequest(
-        self,
-        method: str,
-        url: str,
-        skip_host: bool = False,
-        skip_accept_encoding: bool = False,
-    ) -> None:
-        call: Call[Any] = _serving.call
-        self._served = call
-
-        def wake() -> bool:
-            if self._served is not call or self.sock is None:
-                return False
-            # Not SSLSocket.shutdown, which pulls the TLS state away under a thread that reads.
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-            return True
-
-        call.interruptible(wake)
-        super().putrequest(method, url, skip_host, skip_accept_encoding)
-
-
-class _WakeableTlsConnection(_WakeableConnection, urllib3.connection.HTTPSConnection):
-    pass
-
-
-class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _WakeableConnection
-
-
-class _TlsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _WakeableTlsConnection
 
 
 class _Moved(msgspec.Struct, frozen=True):
@@ -136,21 +81,23 @@ class HttpRemote:
         self._answer_timeout_s = settings.connect_timeout_s + settings.answer_timeout_s
         self._threads = trio.CapacityLimiter(settings.concurrency * 2)
         self._lookup_threads = trio.CapacityLimiter(settings.lookups * 2)
-        self._clients: dict[str | None, urllib3.PoolManager] = {}
+        ca_file = settings.http.ca_file
+        self._client = HttpClient(
+            settings, trust=None if ca_file is None else functools.partial(trusting, ca_file)
+        )
         # Used from several threads, in single steps only.
         self._moved: dict[str, _Moved] = {}
-        self._clients_lock = threading.Lock()
 
     async def stat(self, url: str) -> ObjectInfo:
         def work(call: Call[ObjectInfo]) -> ObjectInfo:
-            with _translated(url):
+            with translated(url):
                 return self._probe(call, url)
 
         return await self._call(work, url).run(self._lookup_threads)
 
     async def list(self, url: str) -> AsyncIterator[Sequence[ListedEntry]]:
         def work(call: Call[tuple[ListedEntry, ...]]) -> tuple[ListedEntry, ...]:
-            with _translated(url):
+            with translated(url):
                 return tuple(self._index(call, url))
 
         entries = await self._call(work, url).run(self._lookup_threads)
@@ -159,7 +106,7 @@ class HttpRemote:
 
     async def fetch(self, url: str, span: Span, *, sink: Sink, validator: str | None) -> ObjectInfo:
         def work(call: SinkCall[ObjectInfo]) -> ObjectInfo:
-            with _translated(url):
+            with translated(url):
                 return self._fetch(call, url, span, validator)
 
         call = SinkCall(
@@ -175,18 +122,36 @@ class HttpRemote:
     async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
         async def fetch_whole(item: BatchItem) -> WholeObject:
             def work(call: Call[WholeObject]) -> WholeObject:
-                with _translated(item.url):
+                with translated(item.url):
                     return self._fetch_whole(call, item)
 
             return await self._call(work, item.url).run(self._threads)
 
         return await fetch_each(fetch_whole, items)
 
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        """Web servers are read only here: HTTP has no way to tell, before the bytes are sent,
+        whether PUT makes an object, replaces one, or is taken for something else."""
+        del source, size_bytes, overwrite, checksum, mode, progress
+        check_writable(url)
+        raise AssertionError(f"{url} is none of this driver's")
+
+    async def delete(self, url: str) -> None:
+        """As ``put``."""
+        check_writable(url)
+
     async def aclose(self) -> None:
-        with self._clients_lock:
-            clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.clear()
+        self._client.close()
 
     def _call(self, work: Callable[[Call[T]], T], url: str) -> Call[T]:
         return Call(
@@ -244,11 +209,7 @@ class HttpRemote:
                 raise refusal(url, response.status, response.headers, span=span)
             info = answer_to_range(url, response.status, response.headers, span, validator)
             call.found(info)
-            while call.missing_bytes:
-                piece = response.read1(min(PIECE_BYTES, call.missing_bytes))
-                if not piece:
-                    raise _cut(url)
-                call.write(piece)
+            receive(call, response, url)
         return info
 
     def _fetch_whole(self, call: Call[WholeObject], item: BatchItem) -> WholeObject:
@@ -263,7 +224,7 @@ class HttpRemote:
             call.answered()
             data = response.read(WHOLE_OBJECT_BYTES_MAX + 1)
         if size_bytes is not None and len(data) != size_bytes:
-            raise _cut(item.url)
+            raise cut(item.url)
         if len(data) > WHOLE_OBJECT_BYTES_MAX:
             raise too_large(item.url, len(data))
         info = described(item.url, response.headers, len(data))
@@ -290,25 +251,39 @@ class HttpRemote:
 
     @contextlib.contextmanager
     def _request(
-        self, call: Call[Any], method: str, url: str, headers: dict[str, str] | None = None
+        self,
+        call: Call[Any],
+        method: str,
+        url: str,
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
-        with self._answer(call, method, url, headers or {}) as (response, _):
+        with self._answer(call, method, url, headers or {}, body) as (response, _):
             yield response
+
+    def _address(self, url: str) -> RemoteUrl:
+        """Where the object of a public URL is asked for, with its secrets."""
+        return parse(self._credentials.reveal(url))
 
     @contextlib.contextmanager
     def _answer(
-        self, call: Call[Any], method: str, url: str, headers: dict[str, str]
+        self,
+        call: Call[Any],
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes | None = None,
     ) -> Iterator[tuple[urllib3.BaseHTTPResponse, RemoteUrl]]:
         """The answer after redirects, and where it came from.  Its connection goes back to the
         pool when the body was read to its end, and is closed otherwise."""
-        _serving.call = call
-        first = parse(self._credentials.reveal(url))
+        first = self._address(url)
         # Where a condition names the version, the last answer's address may be asked again.
         conditional = "If-Match" in headers
         known = self._moved.get(url) if conditional else None
         target = known.target if known is not None and known.fresh else first
         for _ in range(REDIRECTS_MAX + 1):
-            with contextlib.closing(self._sent(method, first, target, headers)) as response:
+            sent = self._sent(call, method, first, target, headers, body)
+            with contextlib.closing(sent) as response:
                 location = response.headers.get("Location")
                 if response.status in REDIRECT_STATUSES and location:
                     target = _redirected(url, target, location)
@@ -325,57 +300,22 @@ class HttpRemote:
         raise RemoteError(f"The server redirects {url} more than {REDIRECTS_MAX} times.")
 
     def _sent(
-        self, method: str, first: RemoteUrl, target: RemoteUrl, headers: dict[str, str]
+        self,
+        call: Call[Any],
+        method: str,
+        first: RemoteUrl,
+        target: RemoteUrl,
+        headers: dict[str, str],
+        body: bytes | Iterable[bytes] | None = None,
     ) -> urllib3.BaseHTTPResponse:
         own = authorization(self._settings, target) if target.host_url == first.host_url else {}
-        return self._client(target).urlopen(
-            method,
-            str(msgspec.structs.replace(target, user=None, password=None)),
-            headers={"Accept-Encoding": "identity", "User-Agent": "stagefs", **headers, **own},
-            redirect=False,
-            retries=False,
-            preload_content=False,
-            decode_content=False,
-        )
+        bare = msgspec.structs.replace(target, user=None, password=None)
+        return self._client.send(call, method, str(bare), {**headers, **own}, body)
 
     def _remember(self, url: str, target: RemoteUrl) -> None:
         if len(self._moved) >= MOVED_MAX:
             self._moved.clear()
         self._moved[url] = _Moved(target, time.monotonic() + MOVED_LIFETIME_S)
-
-    def _client(self, target: RemoteUrl) -> urllib3.PoolManager:
-        proxy = proxy_of(self._settings, target)
-        with self._clients_lock:
-            if proxy not in self._clients:
-                self._clients[proxy] = _new_client(self._settings, proxy)
-            return self._clients[proxy]
-
-
-def _new_client(settings: RemoteSettings, proxy: str | None) -> urllib3.PoolManager:
-    options: dict[str, Any] = {
-        "num_pools": 8,
-        "maxsize": settings.concurrency + settings.lookups,
-        "block": False,
-        "timeout": urllib3.Timeout(
-            connect=settings.connect_timeout_s,
-            read=max(settings.answer_timeout_s, settings.progress_timeout_s),
-        ),
-    }
-    if settings.http.ca_file is not None:
-        options["ssl_context"] = trusting(settings.http.ca_file)
-    client: urllib3.PoolManager
-    if proxy is None:
-        client = urllib3.PoolManager(**options)
-    else:
-        parts = parse(proxy)
-        if parts.user is not None:
-            options["proxy_headers"] = urllib3.make_headers(
-                proxy_basic_auth=f"{parts.user}:{parts.password or ''}"
-            )
-        bare = msgspec.structs.replace(parts, user=None, password=None)
-        client = urllib3.ProxyManager(str(bare), **options)
-    client.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
-    return client
 
 
 def _redirected(url: str, target: RemoteUrl, location: str) -> RemoteUrl:
@@ -408,57 +348,3 @@ def _text(response: urllib3.BaseHTTPResponse, url: str) -> str:
     if len(data) > INDEX_BYTES_MAX:
         raise RemoteError(f"The directory page of {url} is larger than {INDEX_BYTES_MAX} bytes.")
     return data.decode("utf-8", "surrogateescape")
-
-
-def _cut(url: str) -> RemoteUnavailable:
-    return RemoteUnavailable(f"The connection to {url} ended before the last byte: try again.")
-
-
-@contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Foreign exceptions into StageFS's.  Their texts may quote the request with its secrets,
-    so only what the system said of a socket is kept."""
-    try:
-        yield
-    # Before TimeoutError: a refused connection is a kind of it there.
-    except urllib3.exceptions.NewConnectionError as exc:
-        raise RemoteUnavailable(
-            f"There is no connection to {url} ({_reason(exc)}): check host, port and network."
-        ) from exc
-    except urllib3.exceptions.TimeoutError as exc:
-        raise DeadlineExceeded(
-            f"{url} did not answer in time: the server or the way to it is stalled; "
-            "try again later."
-        ) from exc
-    except (urllib3.exceptions.SSLError, ssl.SSLError) as exc:
-        raise _tls_error(url, exc) from exc
-    except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ProxyError) as exc:
-        raise RemoteUnavailable(f"The connection to {url} broke ({_reason(exc)}).") from exc
-    except urllib3.exceptions.HTTPError as exc:
-        # Not even as a cause, which a traceback would print: some quote the URL with its secrets.
-        raise RemoteError(f"{url} cannot be asked for ({type(exc).__name__}).") from None
-    except (OSError, http.client.HTTPException) as exc:
-        raise RemoteUnavailable(f"The connection to {url} broke ({_reason(exc)}).") from exc
-
-
-def _tls_error(url: str, exc: Exception) -> StageFSError:
-    causes = [exc, exc.__cause__, exc.__context__, *exc.args]
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return RemoteError(
-                f"The certificate of {url} is not trusted ({cause.verify_message}): "
-                "name the certificates to trust in [remote.http] ca_file."
-            )
-    return RemoteUnavailable(f"The TLS connection to {url} broke.")
-
-
-def _reason(exc: BaseException) -> str:
-    """The system's word for the innermost cause, else its class."""
-    seen: BaseException | None = exc
-    name = type(exc).__name__
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        nested = [arg for arg in seen.args if isinstance(arg, BaseException)]
-        seen = seen.__cause__ or (nested[0] if nested else seen.__context__)
-    return name

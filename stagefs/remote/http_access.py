@@ -57,13 +57,13 @@ def names_host(names: str, host: str) -> bool:
     return any(d == "*" or (d and (host == d or host.endswith("." + d))) for d in domains)
 
 
-def trusting(ca_file: str) -> ssl.SSLContext:
+def trusting(ca_file: str, setting: str = "[remote.http] ca_file") -> ssl.SSLContext:
     """Trust in the certificates of a file alone.  Raises RemoteError."""
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as exc:
         raise RemoteError(
-            f"The certificates in {ca_file} ([remote.http] ca_file) cannot be read "
+            f"The certificates in {ca_file} ({setting}) cannot be read "
             f"({exc.strerror or 'no PEM certificate'}): name a file of PEM certificates."
         ) from exc
 

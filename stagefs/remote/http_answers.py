@@ -27,6 +27,7 @@ from stagefs.remote.batch import not_the_version, shorter
 from stagefs.remote.versions import is_version
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+BUSY_STATUSES = frozenset({429, 503})
 RETRY_AFTER_S_MAX = 3600.0
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+|\*)", re.IGNORECASE)
 _STRONG_ETAG = re.compile(r'"[^"]*"')
@@ -160,6 +161,7 @@ def refusal(url: str, status: int, headers: Headers, *, span: Span | None = None
             return RemoteUnavailable(
                 f"The server of {url} cannot answer now (HTTP {status}): try again later.",
                 retry_after_s=retry_after_s(headers),
+                busy=status in BUSY_STATUSES,
             )
         case _:
             return RemoteError(f"The server answered the request for {url} with HTTP {status}.")

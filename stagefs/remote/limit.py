@@ -1,16 +1,17 @@
 """Taking turns: a remote that lets only so many operations at one host run at a time.
 
-A wrapper with the interface of ``base.Remote``.  Transfers, batches, and lookups each have
-places of their own, so that a stat never queues behind stalled transfers.  Waiting for a
+A wrapper with the interface of ``base.Remote``.  Fetches, puts, batches, and lookups each have
+places of their own, so that a stat never queues behind stalled transfers and a task's read
+never behind uploads.  Waiting for a
 place has no time limit here: the caller's deadline holds.  Lives in the trio thread.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import trio
 
-from stagefs.model import ListedEntry, ObjectInfo, Span
+from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span
 from stagefs.remote.base import BatchItem, Remote, Results, Sink
 from stagefs.remote.settings import RemoteSettings
 
@@ -24,6 +25,7 @@ class LimitedRemote:
     def __init__(self, remote: Remote, settings: RemoteSettings) -> None:
         self._remote = remote
         self._transfers = trio.Semaphore(settings.concurrency)
+        self._puts = trio.Semaphore(settings.concurrency)
         self._batches = trio.Semaphore(BATCHES)
         self._lookups = trio.Semaphore(settings.lookups)
         self._under_way = 0
@@ -58,6 +60,34 @@ class LimitedRemote:
         with self._counted():
             async with self._batches:
                 return await self._remote.fetch_batch(items)
+
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        with self._counted():
+            async with self._puts:
+                return await self._remote.put(
+                    url,
+                    source=source,
+                    size_bytes=size_bytes,
+                    overwrite=overwrite,
+                    checksum=checksum,
+                    mode=mode,
+                    progress=progress,
+                )
+
+    async def delete(self, url: str) -> None:
+        with self._counted():
+            async with self._puts:
+                await self._remote.delete(url)
 
     async def aclose(self) -> None:
         await self._remote.aclose()

@@ -4,20 +4,30 @@ It behaves like the others (versions, ranges, listing, errors) and adds what tes
 do to a server: change objects, count requests, fail, stall.  Lives in the trio thread alone.
 """
 
+import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 import trio
 
 from stagefs.errors import ObjectMissing, RangesRefused, RemoteError, StageFSError
-from stagefs.model import MIB, EntryKind, ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.model import (
+    MIB,
+    Checksum,
+    EntryKind,
+    ListedEntry,
+    ObjectInfo,
+    Span,
+    WholeObject,
+)
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.batch import not_the_version, shorter, too_large
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.source import Proof, Source, exists
 from stagefs.remote.threads import VersionSink
-from stagefs.remote.url import is_file_name, join, normalize, parse
+from stagefs.remote.url import is_file_name, join, name_to_write, normalize, parse
 
 LIST_PAGE_NAMES = 1000
 
@@ -64,11 +74,17 @@ class MemoryRemote:
 
     # What tests do to the server.
 
-    def put(self, path: str, data: bytes) -> str:
+    def store(self, path: str, data: bytes) -> str:
         """Store an object under a decoded path; returns its URL.  Replacing makes a version."""
         self._revision += 1
         self._objects[path] = _Object(data, self._revision, 1_700_000_000_000_000_000)
         return self.url(path)
+
+    def content(self, path: str) -> bytes:
+        return self._objects[path].data
+
+    def paths(self) -> list[str]:
+        return list(self._objects)
 
     def remove(self, path: str) -> None:
         del self._objects[path]
@@ -149,6 +165,49 @@ class MemoryRemote:
             except StageFSError as exc:
                 results.append(exc)
         return results
+
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        del mode
+        name_to_write(url)
+        await self._request(Request("put", url), at_once=self.cut_after_bytes is None)
+        file = Source(source, url=url, size_bytes=size_bytes)
+        proof = Proof(checksum, url=url)
+        data = bytearray()
+        while len(data) < size_bytes:
+            await trio.lowlevel.checkpoint()
+            cut = self.cut_after_bytes
+            if self.failures and cut is not None and len(data) >= cut:
+                raise self.failures.pop(0)
+            data += file.read(len(data), min(MIB, size_bytes - len(data)))
+            progress(len(data))
+        proof.update(memoryview(data))
+        proof.check()
+        try:
+            found = self._object(url)
+        except ObjectMissing:
+            found = None
+        if found is None or overwrite:
+            self.store(parse(url).path, bytes(data))
+        elif found.data != data:
+            raise exists(url)
+        return self._described(url)
+
+    async def delete(self, url: str) -> None:
+        name_to_write(url)
+        await self._request(Request("delete", url))
+        with contextlib.suppress(ObjectMissing):
+            self._object(url)
+            self.remove(parse(url).path)
 
     async def aclose(self) -> None:
         """Nothing is kept open."""

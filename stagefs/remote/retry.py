@@ -5,7 +5,8 @@ repeated, with exponential back-off and jitter, at most ``attempts`` times and n
 after ``attempts_deadline_s``; the server's own wish (Retry-After) is honoured when it fits
 into that time.  A fetch goes on behind the last byte that landed, in the same version: that
 of the validator, or the one that the first attempt found.  A batch repeats only the items
-that failed.
+that failed.  A put begins anew; when its object did appear and only the answer was lost, the
+repetition finds it there.
 
 Lives in the trio thread; keeps no state between calls.
 """
@@ -17,14 +18,21 @@ from typing import TypeVar
 
 import trio
 
-from stagefs.errors import ObjectChanged, RemoteUnavailable, StageFSError
-from stagefs.model import ListedEntry, ObjectInfo, Span, WholeObject
-from stagefs.remote.base import BatchItem, Remote, Results, Sink
+from stagefs.errors import ObjectChanged, RemoteDown, RemoteUnavailable, StageFSError
+from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.remote.base import BatchItem, Remote, Results, Sink, WatchingSink
 from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.threads import VersionSink
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class Retries:
+    """How often something was asked again, of all remotes together."""
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 class RetryingRemote:
@@ -35,9 +43,11 @@ class RetryingRemote:
         remote: Remote,
         settings: RemoteSettings,
         *,
+        retries: Retries | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._remote = remote
+        self._retries = retries or Retries()
         self._settings = settings
         self._jitter = jitter
 
@@ -60,7 +70,7 @@ class RetryingRemote:
             page = await anext(pages, None)
 
     async def fetch(self, url: str, span: Span, *, sink: Sink, validator: str | None) -> ObjectInfo:
-        resumed = _ResumedSink(sink, span)
+        resumed = ResumedSink(sink, span)
 
         async def rest() -> ObjectInfo:
             version = validator
@@ -95,30 +105,72 @@ class RetryingRemote:
                 results.setdefault(position, exc)
         return [results[position] for position in range(len(items))]
 
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        return await self._repeat(
+            lambda: self._remote.put(
+                url,
+                source=source,
+                size_bytes=size_bytes,
+                overwrite=overwrite,
+                checksum=checksum,
+                mode=mode,
+                progress=progress,
+            )
+        )
+
+    async def delete(self, url: str) -> None:
+        await self._repeat(lambda: self._remote.delete(url))
+
     async def aclose(self) -> None:
         await self._remote.aclose()
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        deadline = trio.current_time() + self._settings.attempts_deadline_s
-        tried = 0
-        while True:
-            try:
-                return await attempt()
-            except StageFSError as exc:
-                tried += 1
-                if not exc.transient or tried >= self._settings.attempts:
-                    raise
-                pause_s = self._pause_s(exc, tried)
-                if trio.current_time() + pause_s >= deadline:
-                    raise
-                log.debug("attempt %d failed, the next in %.2f s: %s", tried, pause_s, exc)
-            await trio.sleep(pause_s)
+        return await repeated(attempt, self._settings, retries=self._retries, jitter=self._jitter)
 
-    def _pause_s(self, exc: StageFSError, tried: int) -> float:
-        limit_s = min(self._settings.backoff_s * 2.0 ** (tried - 1), self._settings.backoff_s_max)
-        pause_s = limit_s * (0.5 + self._jitter() / 2)
-        wish_s = exc.retry_after_s if isinstance(exc, RemoteUnavailable) else None
-        return pause_s if wish_s is None else max(wish_s, pause_s)
+
+async def repeated(
+    attempt: Callable[[], Awaitable[T]],
+    settings: RemoteSettings,
+    *,
+    retries: Retries | None = None,
+    jitter: Callable[[], float] = random.random,
+) -> T:
+    """The result of the first attempt that does not fail for a passing reason."""
+    deadline = trio.current_time() + settings.attempts_deadline_s
+    tried = 0
+    while True:
+        try:
+            return await attempt()
+        except StageFSError as exc:
+            tried += 1
+            if not exc.transient or isinstance(exc, RemoteDown) or tried >= settings.attempts:
+                raise
+            pause_s = _pause_s(settings, exc, tried, jitter)
+            if trio.current_time() + pause_s >= deadline:
+                raise
+            log.debug("attempt %d failed, the next in %.2f s: %s", tried, pause_s, exc)
+        if retries is not None:
+            retries.count += 1
+        await trio.sleep(pause_s)
+
+
+def _pause_s(
+    settings: RemoteSettings, exc: StageFSError, tried: int, jitter: Callable[[], float]
+) -> float:
+    limit_s = min(settings.backoff_s * 2.0 ** (tried - 1), settings.backoff_s_max)
+    pause_s = limit_s * (0.5 + jitter() / 2)
+    wish_s = exc.retry_after_s if isinstance(exc, RemoteUnavailable) else None
+    return pause_s if wish_s is None else max(wish_s, pause_s)
 
 
 def _is_open(results: Mapping[int, WholeObject | StageFSError], position: int) -> bool:
@@ -126,12 +178,24 @@ def _is_open(results: Mapping[int, WholeObject | StageFSError], position: int) -
     return result is None or (isinstance(result, StageFSError) and result.transient)
 
 
-class _ResumedSink(VersionSink):
-    """The caller's sink, and how far it is filled."""
+class ResumedSink(VersionSink):
+    """The caller's sink, and how far it is filled, and with what version."""
 
     def __init__(self, sink: Sink, span: Span) -> None:
         self._sink = sink
+        self._watching = sink if isinstance(sink, WatchingSink) else None
+        self._found: ObjectInfo | None = None
         self.position = span.start
+
+    @property
+    def found(self) -> ObjectInfo | None:
+        return self._found
+
+    @found.setter
+    def found(self, info: ObjectInfo | None) -> None:
+        self._found = info
+        if isinstance(self._sink, VersionSink):
+            self._sink.found = info
 
     @property
     def fd(self) -> int:
@@ -144,3 +208,11 @@ class _ResumedSink(VersionSink):
     def landed(self, span: Span) -> None:
         self._sink.landed(span)
         self.position = span.stop
+
+    def passed(self, start: int, data: memoryview) -> None:
+        if self._watching is not None:
+            self._watching.passed(start, data)
+
+    def between_pieces(self) -> None:
+        if self._watching is not None:
+            self._watching.between_pieces()

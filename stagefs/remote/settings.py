@@ -8,10 +8,30 @@ reads only that.  Plain values, to be used from any thread; the repr shows no cr
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
-from stagefs.config import HttpSettings, RemoteDefaults, S3Settings, SshSettings
+from stagefs.config import (
+    AzSettings,
+    CommandSettings,
+    GsSettings,
+    HttpSettings,
+    IrodsSettings,
+    RemoteDefaults,
+    S3Settings,
+    SshSettings,
+)
+
+Section: TypeAlias = (
+    AzSettings
+    | CommandSettings
+    | GsSettings
+    | HttpSettings
+    | IrodsSettings
+    | S3Settings
+    | SshSettings
+)
 
 ENVIRONMENT_NAMES = frozenset(
     {
@@ -25,6 +45,17 @@ ENVIRONMENT_NAMES = frozenset(
         "AWS_ENDPOINT_URL_S3",
         "AWS_SHARED_CREDENTIALS_FILE",
         "AWS_CONFIG_FILE",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+        "AZURE_CLIENT_ID",
+        "AZURE_CLIENT_SECRET",
+        "AZURE_FEDERATED_TOKEN_FILE",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_ACCOUNT_NAME",
+        "AZURE_STORAGE_ENDPOINT",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "AZURE_TENANT_ID",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "IRODS_ENVIRONMENT_FILE",
         "HTTP_PROXY",
         "http_proxy",
         "HTTPS_PROXY",
@@ -78,15 +109,25 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpSettings = HttpSettings()
     s3: S3Settings = S3Settings()
     ssh: SshSettings = SshSettings()
+    gs: GsSettings = GsSettings()
+    az: AzSettings = AzSettings()
+    irods: IrodsSettings = IrodsSettings()
+    command: CommandSettings = CommandSettings()
 
     def for_scheme(self, scheme: str) -> "RemoteSettings":
         """These settings with the overrides of the scheme's own section in place."""
-        sections: dict[str, HttpSettings | S3Settings | SshSettings] = {
+        sections: dict[str, Section] = {
+            "az": self.az,
+            "command": self.command,
+            "gs": self.gs,
             "http": self.http,
             "https": self.http,
+            "irods": self.irods,
             "s3": self.s3,
             "ssh": self.ssh,
             "sftp": self.ssh,
+            "webdav": self.http,
+            "webdavs": self.http,
         }
         section = sections.get(scheme)
         if section is None:
@@ -118,6 +159,10 @@ def from_config(
         http=remote.http,
         s3=remote.s3,
         ssh=remote.ssh,
+        gs=remote.gs,
+        az=remote.az,
+        irods=remote.irods,
+        command=remote.command,
     )
 
 

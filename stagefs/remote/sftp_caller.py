@@ -2,7 +2,7 @@
 
 Lives in the trio thread; the process is started in a worker thread.  One system task per
 engine receives; it ends with the engine, and an engine that died is replaced at the next use.
-An exchange that is left early is stopped: when ``stop`` returns, the engine writes into its
+An exchange that is left early is stopped: when ``stop`` returns, the engine uses its
 descriptor no more, or is dead.
 """
 
@@ -29,6 +29,7 @@ from stagefs.remote.sftp_messages import (
     Found,
     Noted,
     Page,
+    Removed,
     Stop,
     Stopped,
     socket_pair,
@@ -52,9 +53,9 @@ _decoder = msgspec.msgpack.Decoder(list[AnyReport])
 class Exchange:
     """One operation: its reports in order, until it is left."""
 
-    def __init__(self, engine: "Engine", op: int, url: str, *, writes: bool) -> None:
+    def __init__(self, engine: "Engine", op: int, url: str, *, moves: bool) -> None:
         self._engine = engine
-        self._writes = writes
+        self._moves = moves
         self._op = op
         self._url = url
         self._reports: deque[AnyReport] = deque()
@@ -72,7 +73,7 @@ class Exchange:
             if engine.dead:
                 self.over = True
                 raise RemoteUnavailable(
-                    f"{self._url} cannot be read: the process that speaks SFTP ended; "
+                    f"{self._url} cannot be reached: the process that speaks SFTP ended; "
                     "it is started again at the next use."
                 )
             self._news = trio.Event()
@@ -83,11 +84,12 @@ class Exchange:
             if trio.current_time() >= deadline and not self._reports and not engine.dead:
                 engine.kill(f"it was silent about {self._url}")
                 raise DeadlineExceeded(
-                    f"{self._url} cannot be read: the process that speaks SFTP hung and was ended."
+                    f"{self._url} cannot be reached: the process that speaks SFTP hung and was "
+                    "ended."
                 )
         report = self._reports.popleft()
         match report:
-            case Found() | Failed() | Page(last=True):
+            case Found() | Removed() | Failed() | Page(last=True):
                 self.over = True
         return report
 
@@ -95,11 +97,11 @@ class Exchange:
         await self._engine.send(order)
 
     async def stop(self) -> None:
-        """See that nothing more is done for this operation, and wait for that when it writes
-        into a descriptor.  Not cancellable, bounded."""
+        """See that nothing more is done for this operation, and wait for that when it uses a
+        descriptor.  Not cancellable, bounded."""
         if self.over or self._engine.dead:
             return
-        if not self._writes:
+        if not self._moves:
             self._engine.post(Stop(self._op))
             return
         with trio.move_on_after(STOP_TIMEOUT_S, shield=True):
@@ -109,7 +111,7 @@ class Exchange:
                 self._news = trio.Event()
                 await self._news.wait()
         if not self._stopped and not self._engine.dead:
-            self._engine.kill(f"it did not stop reading {self._url}")
+            self._engine.kill(f"it did not stop the transfer of {self._url}")
             await self._engine.reaped()
 
     def deliver(self, report: AnyReport) -> None:
@@ -175,14 +177,16 @@ class Engine:
         self, op: int, url: str, order: AnyOrder, fd: int | None = None
     ) -> AsyncIterator[Exchange]:
         """Give an order and take its reports.  At the end it is stopped if it is not over."""
-        exchange = Exchange(self, op, url, writes=fd is not None)
+        exchange = Exchange(self, op, url, moves=fd is not None)
         self._exchanges[op] = exchange
         try:
             with trio.move_on_after(self.limit_s) as limit:
                 await self.send(order, fd)
             if limit.cancelled_caught:
                 self.kill(f"it took no order for {url}")
-                raise DeadlineExceeded(f"{url} cannot be read: the process that speaks SFTP hung.")
+                raise DeadlineExceeded(
+                    f"{url} cannot be reached: the process that speaks SFTP hung."
+                )
             yield exchange
         finally:
             await exchange.stop()

@@ -33,6 +33,8 @@ from stagefs.remote.sftp_messages import (
     MorePages,
     Noted,
     Page,
+    Put,
+    Remove,
     Stat,
     Stop,
     Stopped,
@@ -42,9 +44,11 @@ from stagefs.remote.sftp_operations import (
     BaseOperation,
     FetchOperation,
     ListOperation,
+    RemoveOperation,
     StatOperation,
 )
 from stagefs.remote.sftp_pool import Pool
+from stagefs.remote.sftp_put import PutOperation
 from stagefs.remote.sftp_session import Client
 
 # Reports that the daemon has not taken; beyond that nothing is read from servers.
@@ -185,15 +189,18 @@ class Engine:
                 self.report(Stopped(order.op))
             case Connect():
                 raise AssertionError("a second Connect")
-            case Fetch() if fd is None:
+            case Fetch() | Put() if fd is None:
                 reason = "its descriptor did not arrive (too many open files)"
-                self.report(Failed(order.op, FailureKind.SINK, reason))
+                kind = FailureKind.SINK if isinstance(order, Fetch) else FailureKind.SOURCE
+                self.report(Failed(order.op, kind, reason))
             case _:
                 begun = self._operation(order, -1 if fd is None else fd)
                 self._operations[begun.op] = begun
                 self._pool.submit(begun, self._now)
 
-    def _operation(self, order: Stat | List | Fetch | FetchWhole, fd: int) -> BaseOperation:
+    def _operation(
+        self, order: Stat | List | Fetch | FetchWhole | Put | Remove, fd: int
+    ) -> BaseOperation:
         match order:
             case Stat():
                 return StatOperation(order, self, now=self._now)
@@ -203,11 +210,18 @@ class Engine:
                 return FetchOperation(order, fd, self, now=self._now)
             case FetchWhole():
                 return BatchOperation(order, self, now=self._now)
+            case Put():
+                return PutOperation(order, fd, self, now=self._now)
+            case Remove():
+                return RemoveOperation(order, self, now=self._now)
 
     def _note(self, text: str) -> None:
         self.report(Noted(0, text))
 
     def _end(self) -> None:
+        for operation in list(self._operations.values()):
+            operation.end(None)
+        self._settle_debts()
         transports = self._pool.close()
         deadline = time.monotonic() + END_WAIT_S
         for transport in transports:
@@ -215,6 +229,19 @@ class Engine:
                 self._selector.select(0.01)
             if not transport.ended():
                 transport.kill()
+
+    def _settle_debts(self) -> None:
+        """What operations do at their end, such as removing half a file, is seen through for a
+        moment."""
+        self._selector.unregister(self._port.socket)
+        self._pool.hold(False)
+        deadline = self._now + END_WAIT_S
+        while self._pool.owed and self._now < deadline:
+            self._pool.work(self._now)
+            for key, mask in self._selector.select(0.05):
+                react: Callable[[int], None] = key.data
+                react(mask)
+            self._now = time.monotonic()
 
 
 def _size(report: AnyReport) -> int:

@@ -10,6 +10,8 @@ import socket
 
 import msgspec
 
+from stagefs.model import Checksum
+
 PACKET_BYTES_MAX = 160 << 10
 # Two packets of the largest kind and their bookkeeping fit: neither side waits for the other
 # in the middle of a batch.  Kernels allow this much to everybody (net.core.wmem_default).
@@ -26,6 +28,10 @@ class FailureKind(enum.StrEnum):
     CHANGED = "changed"
     REFUSED = "refused"
     SINK = "sink"
+    EXISTS = "exists"
+    NO_SPACE = "no space"
+    CHECKSUM = "checksum"
+    SOURCE = "source"
 
 
 class Attributes(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +95,25 @@ class FetchWhole(Order, frozen=True, array_like=True, tag=True):
     size_max: int
 
 
+class Put(Order, frozen=True, array_like=True, tag=True):
+    """Comes with the descriptor to read from.  The file is written as ``temporaries[0]``, or
+    after a broken session as the next of them; ``stale`` ones of earlier tries are removed."""
+
+    path: bytes
+    size: int
+    overwrite: bool
+    checksum: Checksum | None
+    mode: int | None
+    temporaries: list[bytes]
+    stale: list[bytes]
+
+
+class Remove(Order, frozen=True, array_like=True, tag=True):
+    """Of a file; ends in Removed or Failed."""
+
+    path: bytes
+
+
 class Stop(Order, frozen=True, array_like=True, tag=True):
     """Give the operation up; answered by Stopped when nothing is written for it any more."""
 
@@ -98,7 +123,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Found(Report, frozen=True, array_like=True, tag=True):
-    """Ends Stat and Fetch."""
+    """Ends Stat, Fetch and Put."""
 
     attributes: Attributes
 
@@ -122,6 +147,12 @@ class Landed(Report, frozen=True, array_like=True, tag=True):
     stop: int
 
 
+class Sent(Report, frozen=True, array_like=True, tag=True):
+    """So many bytes of a Put were taken by the server."""
+
+    bytes_taken: int
+
+
 class Whole(Report, frozen=True, array_like=True, tag=True):
     """One object of FetchWhole.  The operation ends when each item has its report."""
 
@@ -134,6 +165,10 @@ class ItemFailed(Report, frozen=True, array_like=True, tag=True):
     index: int
     kind: FailureKind
     reason: str
+
+
+class Removed(Report, frozen=True, array_like=True, tag=True):
+    """Ends Remove."""
 
 
 class Failed(Report, frozen=True, array_like=True, tag=True):
@@ -153,8 +188,10 @@ class Noted(Report, frozen=True, array_like=True, tag=True):
     text: str
 
 
-AnyOrder = Connect | Stat | List | MorePages | Fetch | FetchWhole | Stop
-AnyReport = Found | Version | Page | Landed | Whole | ItemFailed | Failed | Stopped | Noted
+AnyOrder = Connect | Stat | List | MorePages | Fetch | FetchWhole | Put | Remove | Stop
+AnyReport = (
+    Found | Version | Page | Landed | Sent | Whole | ItemFailed | Removed | Failed | Stopped | Noted
+)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

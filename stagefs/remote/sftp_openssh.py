@@ -120,6 +120,7 @@ class OpenSshTransport:
         for fd in (self.write_fd, self.read_fd, self.errors_fd):
             os.set_blocking(fd, False)
         _widen(self.read_fd)
+        _widen(self.write_fd)
 
     def verdict(self, said: str) -> Failure:
         return verdict(said, host=self._host)

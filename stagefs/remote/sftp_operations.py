@@ -11,6 +11,7 @@ still what it was (requests on one file are executed in the order they were sent
 of the draft).  A file that was replaced by rename stays readable as it was.
 """
 
+import abc
 from typing import Protocol
 
 from stagefs.remote import sftp_protocol as protocol
@@ -25,6 +26,8 @@ from stagefs.remote.sftp_messages import (
     Landed,
     List,
     Page,
+    Remove,
+    Removed,
     Stat,
     Version,
 )
@@ -92,11 +95,13 @@ def parse_handle(kind: int, body: memoryview) -> bytes:
     return protocol.string(body)[0]
 
 
-class BaseOperation:
+class BaseOperation(abc.ABC):
     """What all have: an end, a session, and no payload unless they say otherwise."""
 
     bulk = False
     """Moves so much that small operations had better use another session."""
+    spreads = False
+    """Worth a further connection when its session is busy."""
 
     def __init__(self, op: int, reporter: Reporter, *, now: float, group: bytes = b"") -> None:
         self.op = op
@@ -130,8 +135,8 @@ class BaseOperation:
         except Failure as failure:
             self.fail(failure)
 
-    def _answered(self, session: Session, tag: object, kind: int, body: memoryview) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _answered(self, session: Session, tag: object, kind: int, body: memoryview) -> None: ...
 
     def _late(self, tag: object, kind: int, body: memoryview) -> None:
         """An answer after the end."""
@@ -178,6 +183,26 @@ class StatOperation(BaseOperation):
         if failure := not_a_file(found):
             raise failure
         self.end(Found(self.op, reported(found)))
+
+
+class RemoveOperation(BaseOperation):
+    """Sent again when the session breaks; what is gone then was removed the first time."""
+
+    def __init__(self, order: Remove, reporter: Reporter, *, now: float) -> None:
+        super().__init__(order.op, reporter, now=now)
+        self._path = order.path
+
+    def begin(self, session: Session) -> None:
+        super().begin(session)
+        session.send(protocol.on_path(Kind.REMOVE, session.expect(self), self._path))
+
+    def _answered(self, session: Session, tag: object, kind: int, body: memoryview) -> None:
+        if kind != Kind.STATUS:
+            raise ProtocolError(f"a packet of type {kind} in answer to REMOVE")
+        code, message = protocol.status(body)
+        if code not in (Status.OK, Status.NO_SUCH_FILE):
+            raise refusal(code, message)
+        self.end(Removed(self.op))
 
 
 class ListOperation(BaseOperation):
@@ -312,6 +337,7 @@ class FetchOperation(BaseOperation):
     """
 
     bulk = True
+    spreads = True
 
     def __init__(self, order: Fetch, fd: int, reporter: Reporter, *, now: float) -> None:
         super().__init__(order.op, reporter, now=now, group=order.path)

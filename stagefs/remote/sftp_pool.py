@@ -62,6 +62,11 @@ class Pool:
             return min(TICK_S_MAX, max(shortest / 20, 0.01))
         return IDLE_EXTRA_S / 4 if self._sessions else None
 
+    @property
+    def owed(self) -> bool:
+        """Whether a working session has something unsent or unanswered."""
+        return any(session.ready and session.owed for session in self._sessions)
+
     def submit(self, operation: BaseOperation, now: float) -> None:
         self._now = now
         ready = [session for session in self._sessions if session.ready]
@@ -72,7 +77,7 @@ class Pool:
             return
         chosen = _choose(ready, operation)
         operation.begin(chosen)
-        busy = chosen.in_flight_bytes > BUSY_BYTES
+        busy = chosen.in_flight_bytes > BUSY_BYTES and chosen.spreads
         if busy and len(self._sessions) < self._order.connections and now >= self._extra_after:
             self._connect()
 

@@ -1,9 +1,9 @@
 """SFTP version 3 as bytes: requests to send, answers to read.
 
-After draft-ietf-secsh-filexfer-02 and, for ``limits@openssh.com``, OpenSSH's PROTOCOL file.
-Only what reading needs.  Pure functions on bytes, without I/O and without state; used in the
-engine process only.  Everything a server sent may be wrong: each parser raises ProtocolError
-instead of believing it.
+After draft-ietf-secsh-filexfer-02 and, for what ends in ``@openssh.com``, OpenSSH's PROTOCOL
+file.  Only what reading and writing whole files need.  Pure functions on bytes, without I/O
+and without state; used in the engine process only.  Everything a server sent may be wrong:
+each parser raises ProtocolError instead of believing it.
 """
 
 import enum
@@ -17,7 +17,14 @@ PACKET_BYTES_MAX = 256 << 10
 # What a server without limits@openssh.com must be able to send (section 3 of the draft).
 READ_BYTES_UNLIMITED = 32 << 10
 READ_BYTES_MAX = 255 << 10
+# Likewise of what it must be able to take.
+WRITE_BYTES_UNLIMITED = 32 << 10
+WRITE_BYTES_MAX = 255 << 10
 LIMITS_EXTENSION = b"limits@openssh.com"
+FSYNC_EXTENSION = b"fsync@openssh.com"
+HARDLINK_EXTENSION = b"hardlink@openssh.com"
+RENAME_EXTENSION = b"posix-rename@openssh.com"
+STATVFS_EXTENSION = b"statvfs@openssh.com"
 
 HEADER = struct.Struct(">IBI")
 """Length of what follows the length field, type, request id."""
@@ -31,10 +38,15 @@ class Kind(enum.IntEnum):
     OPEN = 3
     CLOSE = 4
     READ = 5
+    WRITE = 6
     FSTAT = 8
+    FSETSTAT = 10
     OPENDIR = 11
     READDIR = 12
+    REMOVE = 13
+    MKDIR = 14
     STAT = 17
+    RENAME = 18
     STATUS = 101
     HANDLE = 102
     DATA = 103
@@ -90,6 +102,15 @@ class Attributes(NamedTuple):
 class Limits(NamedTuple):
     read_bytes: int
     open_handles: int
+    write_bytes: int = WRITE_BYTES_UNLIMITED
+
+
+class Space(NamedTuple):
+    """What is left of the file system of a path."""
+
+    free_bytes: int
+    free_files: int
+    read_only: bool
 
 
 _ATTRIBUTE_SIZE = 0x1
@@ -103,6 +124,11 @@ _U64 = struct.Struct(">Q")
 _ALL_ATTRIBUTES = struct.Struct(">IQIIIII")
 _ALL_FLAGS = 0xF
 _OPEN_READ = 0x1
+_OPEN_WRITE = 0x2
+_OPEN_CREATE = 0x8
+_OPEN_EXCLUSIVE = 0x20
+_STATVFS = struct.Struct(">QQQQQQQQQQQ")
+_STATVFS_READ_ONLY = 0x1
 
 
 # Requests
@@ -118,8 +144,47 @@ def open_for_reading(request: int, path: bytes) -> bytes:
     return head + path + struct.pack(">II", _OPEN_READ, 0)
 
 
+def open_new(request: int, path: bytes, mode: int | None) -> bytes:
+    """A file that does not exist yet, for writing and reading."""
+    flags = _OPEN_READ | _OPEN_WRITE | _OPEN_CREATE | _OPEN_EXCLUSIVE
+    body = struct.pack(">I", len(path)) + path + struct.pack(">I", flags) + _mode_only(mode)
+    return struct.pack(">IBI", 5 + len(body), Kind.OPEN, request) + body
+
+
+def make_directory(request: int, path: bytes) -> bytes:
+    body = struct.pack(">I", len(path)) + path + _mode_only(None)
+    return struct.pack(">IBI", 5 + len(body), Kind.MKDIR, request) + body
+
+
+def set_mode(request: int, handle: bytes, mode: int) -> bytes:
+    body = struct.pack(">I", len(handle)) + handle + _mode_only(mode)
+    return struct.pack(">IBI", 5 + len(body), Kind.FSETSTAT, request) + body
+
+
+def write_header(request: int, handle: bytes, offset: int, length: int) -> bytes:
+    """What comes before the ``length`` bytes of a WRITE."""
+    size = 21 + len(handle) + length
+    head = struct.pack(">IBII", size, Kind.WRITE, request, len(handle))
+    return head + handle + struct.pack(">QI", offset, length)
+
+
+def rename(request: int, old: bytes, new: bytes) -> bytes:
+    body = _strings(old, new)
+    return struct.pack(">IBI", 5 + len(body), Kind.RENAME, request) + body
+
+
+def _mode_only(mode: int | None) -> bytes:
+    if mode is None:
+        return struct.pack(">I", 0)
+    return struct.pack(">II", _ATTRIBUTE_PERMISSIONS, mode)
+
+
+def _strings(*parts: bytes) -> bytes:
+    return b"".join(struct.pack(">I", len(part)) + part for part in parts)
+
+
 def on_path(kind: Kind, request: int, path: bytes) -> bytes:
-    """STAT or OPENDIR."""
+    """STAT, OPENDIR or REMOVE."""
     return struct.pack(">IBII", 9 + len(path), kind, request, len(path)) + path
 
 
@@ -133,8 +198,10 @@ def read(request: int, handle: bytes, offset: int, length: int) -> bytes:
     return head + handle + struct.pack(">QI", offset, length)
 
 
-def extended(request: int, name: bytes) -> bytes:
-    return struct.pack(">IBII", 9 + len(name), Kind.EXTENDED, request, len(name)) + name
+def extended(request: int, name: bytes, *arguments: bytes) -> bytes:
+    """``fsync@openssh.com`` takes a handle, ``statvfs`` a path, the others old and new path."""
+    body = _strings(name, *arguments)
+    return struct.pack(">IBI", 5 + len(body), Kind.EXTENDED, request) + body
 
 
 # Answers: ``body`` is what follows the request id.
@@ -224,10 +291,27 @@ def extensions(body: memoryview) -> dict[bytes, bytes]:
 def limits(body: memoryview) -> Limits:
     """The answer to ``limits@openssh.com``; 0 means unlimited there."""
     try:
-        packet, reading, _, handles = struct.unpack_from(">QQQQ", body)
+        packet, reading, writing, handles = struct.unpack_from(">QQQQ", body)
     except struct.error as exc:
         raise ProtocolError("a limits answer that is too short") from exc
     read_bytes = min(reading or READ_BYTES_MAX, READ_BYTES_MAX)
+    write_bytes = min(writing or WRITE_BYTES_MAX, WRITE_BYTES_MAX)
     if packet:
         read_bytes = min(read_bytes, max(packet - 1024, READ_BYTES_UNLIMITED))
-    return Limits(read_bytes=read_bytes, open_handles=handles)
+        write_bytes = min(write_bytes, max(packet - 1024, WRITE_BYTES_UNLIMITED))
+    return Limits(read_bytes=read_bytes, open_handles=handles, write_bytes=write_bytes)
+
+
+def space(body: memoryview) -> Space:
+    """The answer to ``statvfs@openssh.com``."""
+    try:
+        found = _STATVFS.unpack_from(body)
+    except struct.error as exc:
+        raise ProtocolError("a statvfs answer that is too short") from exc
+    _, unit, _, _, blocks, files, _, free_files, _, flags, _ = found
+    # File systems that make inodes as they need them tell zero of zero.
+    return Space(
+        free_bytes=unit * blocks,
+        free_files=free_files if files else 1,
+        read_only=bool(flags & _STATVFS_READ_ONLY),
+    )

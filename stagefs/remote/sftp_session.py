@@ -4,12 +4,14 @@ Operations ask through a session and are told the answers.  READs of large trans
 handed out in turns: first come first served among transfers of one file, round robin among
 files, never more than a window of bytes at a time.  The window adapts: it grows while answers
 come quickly and shrinks when they queue, so that a slow link is not filled for seconds ahead.
-Engine process only, one thread; nothing here blocks except writing into a sink.
+WRITEs take their turns in the same way.  Engine process only, one thread; nothing here blocks
+except writing into a sink and reading a source.
 """
 
 import math
 import os
 from collections import deque
+from itertools import islice
 from typing import Protocol
 
 from stagefs.remote import sftp_protocol as protocol
@@ -24,6 +26,8 @@ WINDOW_BYTES_MAX = 16 << 20
 QUEUEING_S = 0.5
 OPEN_HANDLES_MAX = 512
 HANDLES_SPARED = 8
+# Buffers that one system call takes (IOV_MAX).
+PARTS_MAX = 1024
 
 
 class Failure(Exception):
@@ -75,6 +79,7 @@ class Operation(Protocol):
     """Something that asks.  ``group`` is shared by those that should be served in order."""
 
     group: bytes
+    spreads: bool
     last_progress: float
 
     def answered(self, tag: object, kind: int, body: memoryview) -> None: ...
@@ -118,7 +123,8 @@ class Session:
         self._expected: dict[int, _Expected] = {}
         self._next_request = 1
         self._version_known = False
-        self._outgoing = [protocol.initialize()]
+        self._outgoing: deque[bytes | memoryview] = deque([protocol.initialize()])
+        self.extensions: frozenset[bytes] = frozenset()
         self.ending_since: float | None = None
         self.said_all = False
         self.was_ready = False
@@ -137,11 +143,21 @@ class Session:
         self.in_flight_bytes += reserve
         return request
 
+    @property
+    def write_bytes(self) -> int:
+        """How much a WRITE should carry: less on a slow link, where each answer is the sign
+        that bytes move."""
+        return max(min(self.limits.write_bytes, self._window // 16), 1)
+
     def send(self, packet: bytes) -> None:
+        """A packet, or a part of one."""
         self._outgoing.append(packet)
 
-    def close_handle(self, handle: bytes) -> None:
-        self.send(protocol.on_handle(Kind.CLOSE, self.expect(None), handle))
+    def close_handle(
+        self, handle: bytes, operation: Operation | None = None, tag: object = None
+    ) -> None:
+        """The answer goes to ``operation``, if to anybody."""
+        self.send(protocol.on_handle(Kind.CLOSE, self.expect(operation, tag), handle))
         self.open_handles -= 1
         while self._wanting_handles:
             self.want_turn(self._wanting_handles.pop())
@@ -175,6 +191,12 @@ class Session:
     def load(self) -> int:
         return self.in_flight_bytes + len(self._turns)
 
+    @property
+    def spreads(self) -> bool:
+        """Whether anything here would gain by a further connection: the login costs both machines
+        more than a batch of small files does, whatever it reserves."""
+        return any(operation.spreads for operation in self.operations.values())
+
     def pump(self, now: float) -> None:
         """Ask for as much as the window allows."""
         self._now = now
@@ -190,18 +212,24 @@ class Session:
                 turns.popleft()
                 del self._groups[name]
 
+    @property
+    def owed(self) -> bool:
+        """Whether something is unsent or unanswered."""
+        return bool(self._outgoing or self._expected)
+
     def flush(self) -> bool:
         """Send what is to be sent.  Returns whether everything went out.  Raises OSError."""
-        if not self._outgoing:
-            return True
-        data = b"".join(self._outgoing)
-        try:
-            written = os.write(self.transport.write_fd, data)
-        except BlockingIOError:
-            written = 0
-        rest = data[written:]
-        self._outgoing = [rest] if rest else []
-        return not rest
+        outgoing = self._outgoing
+        while outgoing:
+            try:
+                written = os.writev(self.transport.write_fd, list(islice(outgoing, PARTS_MAX)))
+            except BlockingIOError:
+                return False
+            while outgoing and written >= len(outgoing[0]):
+                written -= len(outgoing.popleft())
+            if written:
+                outgoing[0] = memoryview(outgoing[0])[written:]
+        return True
 
     def pull(self, now: float) -> bool:
         """Take what the server sent.  False at the end of the stream.  Raises ProtocolError,
@@ -263,7 +291,8 @@ class Session:
         if kind != Kind.VERSION or version < protocol.PROTOCOL_VERSION:
             raise ProtocolError("no SFTP version 3 in the server's greeting")
         self._version_known = True
-        if protocol.LIMITS_EXTENSION in protocol.extensions(body):
+        self.extensions = frozenset(protocol.extensions(body))
+        if protocol.LIMITS_EXTENSION in self.extensions:
             request = self.expect(None, Kind.EXTENDED)
             self.send(protocol.extended(request, protocol.LIMITS_EXTENSION))
         else:

@@ -12,7 +12,7 @@ rewritten in place within a second and keeps its size cannot be told apart.
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import msgspec
 import trio
@@ -20,15 +20,18 @@ import trio
 from stagefs.errors import (
     AccessDenied,
     CacheFailed,
+    ChecksumMismatch,
     DeadlineExceeded,
     InvalidUrl,
+    NoSpace,
     ObjectChanged,
     ObjectMissing,
     RemoteError,
     RemoteUnavailable,
     StageFSError,
+    StateFailed,
 )
-from stagefs.model import EntryKind, ListedEntry, ObjectInfo, Span, WholeObject
+from stagefs.model import Checksum, EntryKind, ListedEntry, ObjectInfo, Span, WholeObject
 from stagefs.remote import sftp_caller
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.credentials import CredentialStore
@@ -49,18 +52,26 @@ from stagefs.remote.sftp_messages import (
     List,
     MorePages,
     Page,
+    Put,
+    Remove,
+    Sent,
     Stat,
     Version,
     Whole,
 )
+from stagefs.remote.source import exists
+from stagefs.remote.temporaries import NAMES_MAX, Leftovers, temporary_name, token_of
 from stagefs.remote.threads import VersionSink
-from stagefs.remote.url import HIDDEN, join, parse, quote_path
+from stagefs.remote.url import HIDDEN, join, name_to_write, parse, quote_path
 
 # So many items, and bytes of their paths, fit into one order.
 ORDER_ITEMS_MAX = 256
 ORDER_PATH_BYTES_MAX = 64 << 10
 
-_ERRORS: dict[FailureKind, type[RemoteError | CacheFailed]] = {
+# So many leftovers are removed with one put.
+STALE_MAX = 32
+
+_ERRORS: dict[FailureKind, type[StageFSError]] = {
     FailureKind.MISSING: ObjectMissing,
     FailureKind.DENIED: AccessDenied,
     FailureKind.UNAVAILABLE: RemoteUnavailable,
@@ -68,6 +79,9 @@ _ERRORS: dict[FailureKind, type[RemoteError | CacheFailed]] = {
     FailureKind.CHANGED: ObjectChanged,
     FailureKind.REFUSED: RemoteError,
     FailureKind.SINK: CacheFailed,
+    FailureKind.NO_SPACE: NoSpace,
+    FailureKind.CHECKSUM: ChecksumMismatch,
+    FailureKind.SOURCE: StateFailed,
 }
 
 
@@ -77,11 +91,24 @@ class SshRemote:
     def __init__(
         self, host_url: str, settings: RemoteSettings, credentials: CredentialStore
     ) -> None:
+        self._host_url = host_url
         self._connect = _connect_order(host_url, settings, credentials)
         self._engine: Engine | None = None
         self._starting = trio.Lock()
+        self._leftovers = Leftovers()
+        # Directories that are being looked through, each by one put for all.
+        self._looking: dict[str, trio.Event] = {}
         self._ops = itertools.count(1)
         self._closed = False
+
+    async def connect(self) -> None:
+        """Log in before anything is asked, so that the first question need not wait for it."""
+        order = Stat(next(self._ops), b".")
+        async with self._exchange(self._host_url, order) as exchange:
+            report = await exchange.next()
+            # The directory that a login begins in is no object: any answer will do.
+            if isinstance(report, Failed) and report.kind is not FailureKind.REFUSED:
+                raise _error(self._host_url, report)
 
     async def stat(self, url: str) -> ObjectInfo:
         order = Stat(next(self._ops), _path(url))
@@ -90,7 +117,7 @@ class SshRemote:
             assert isinstance(report, Found)
             return _described(url, report.attributes)
 
-    async def list(self, url: str) -> AsyncIterator[Sequence[ListedEntry]]:
+    async def list(self, url: str) -> AsyncGenerator[Sequence[ListedEntry], None]:
         order = List(next(self._ops), _path(url))
         prefix = join(url, "x")[:-1]
         async with self._exchange(url, order) as exchange:
@@ -127,11 +154,86 @@ class SshRemote:
                 nursery.start_soon(self._fetch_portion, items, positions, results)
         return [results[position] for position in range(len(items))]
 
+    async def put(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        mode: int | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
+        name, path = name_to_write(url), _path(url)
+        token = token_of(url, source)
+        # A second one for when the session breaks and the engine begins anew.
+        temporaries = [temporary_name(name, token) for _ in range(2)]
+        directory = path[: len(path) - len(path.rpartition(b"/")[2])]
+        stale = await self._stale(url, token)
+        order = Put(
+            next(self._ops),
+            path,
+            size_bytes,
+            overwrite,
+            checksum,
+            mode,
+            [directory + _encoded(temporary) for temporary in temporaries],
+            [directory + _encoded(one) for one in stale],
+        )
+        try:
+            async with self._exchange(url, order, source) as exchange:
+                while isinstance(report := await exchange.next(), Sent):
+                    progress(report.bytes_taken)
+                return _described(url, _stored(url, report))
+        except BaseException:
+            # They were removed if the server could be reached; the next try sees to it.
+            self._leftovers.add(_directory_url(url), temporaries)
+            raise
+
+    async def delete(self, url: str) -> None:
+        name_to_write(url)
+        async with self._exchange(url, Remove(next(self._ops), _path(url))) as exchange:
+            report = await exchange.next()
+        if isinstance(report, Failed) and report.kind is not FailureKind.MISSING:
+            raise _error(url, report, verb="removed")
+
     async def aclose(self) -> None:
         self._closed = True
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.end()
+
+    async def _stale(self, url: str, token: str) -> Sequence[str]:
+        """What earlier tries left beside the object, in this process and in those before."""
+        directory = _directory_url(url)
+        if self._leftovers.unknown(directory):
+            looked = self._looking.get(directory)
+            if looked is None:
+                looked = self._looking[directory] = trio.Event()
+                try:
+                    await self._look_through(directory)
+                except StageFSError as exc:
+                    # Yet to be made, or written to but not read.  What else it may be, the put
+                    # itself will meet and tell.
+                    if not exc.transient:
+                        self._leftovers.looked_through(directory)
+                finally:
+                    del self._looking[directory]
+                    looked.set()
+            else:
+                await looked.wait()
+        return self._leftovers.take(directory, token)[:STALE_MAX]
+
+    async def _look_through(self, directory: str) -> None:
+        seen = 0
+        async with contextlib.aclosing(self.list(directory)) as pages:
+            async for page in pages:
+                self._leftovers.add(directory, (entry.name for entry in page))
+                seen += len(page)
+                if seen > NAMES_MAX:
+                    break
+        self._leftovers.looked_through(directory)
 
     async def _fetch_portion(
         self,
@@ -169,11 +271,20 @@ class SshRemote:
 
     async def _started(self) -> Engine:
         async with self._starting:
-            if self._closed:
-                raise RemoteUnavailable(f"The connection to {self._connect.host} was closed.")
+            self._refuse_closed()
             if self._engine is None or self._engine.dead:
-                self._engine = await sftp_caller.start(self._connect)
+                engine = await sftp_caller.start(self._connect)
+                try:
+                    self._refuse_closed()
+                except RemoteUnavailable:
+                    await engine.end()
+                    raise
+                self._engine = engine
             return self._engine
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise RemoteUnavailable(f"The connection to {self._connect.host} was closed.")
 
 
 def _connect_order(
@@ -213,6 +324,16 @@ def _path(url: str) -> bytes:
     elif path.startswith("/~/"):
         path = path[3:] or "."
     return path.encode("utf-8", "surrogateescape")
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _directory_url(url: str) -> str:
+    parts = parse(url)
+    directory = parts.path.rstrip("/").rpartition("/")[0] or "/"
+    return str(msgspec.structs.replace(parts, path=directory))
 
 
 def _portions(items: Sequence[BatchItem]) -> list[list[int]]:
@@ -258,5 +379,17 @@ def _checked(url: str, report: AnyReport) -> AnyReport:
     return report
 
 
-def _error(url: str, report: Failed | ItemFailed) -> StageFSError:
-    return _ERRORS[report.kind](f"{url} cannot be read: {report.reason}.")
+def _stored(url: str, report: AnyReport) -> Attributes:
+    """What a put ended in."""
+    if isinstance(report, Failed):
+        if report.kind is FailureKind.MISSING:
+            raise RemoteUnavailable(f"{url} cannot be written: its directory was removed.")
+        raise _error(url, report, verb="written")
+    assert isinstance(report, Found)
+    return report.attributes
+
+
+def _error(url: str, report: Failed | ItemFailed, *, verb: str = "read") -> StageFSError:
+    if report.kind is FailureKind.EXISTS:
+        return exists(url)
+    return _ERRORS[report.kind](f"{url} cannot be {verb}: {report.reason}.")

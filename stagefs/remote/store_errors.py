@@ -27,11 +27,12 @@ from stagefs.errors import (
 )
 from stagefs.model import Span
 from stagefs.remote.batch import shorter
-from stagefs.remote.http_answers import TRANSIENT_STATUSES
+from stagefs.remote.http_answers import BUSY_STATUSES, TRANSIENT_STATUSES
 
 # How obstore says that the whole object came where a range was asked for.
 NO_RANGE = "non-partial response"
 _STATUS = re.compile(r"status code: (\d{3})")
+_NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{1,60})</Code>")
 
 
@@ -43,7 +44,7 @@ def translated(url: str, span: Span | None = None) -> Iterator[None]:
         yield
     except FileNotFoundError as exc:
         code = _CODE.search(str(exc))
-        what = "bucket" if code is not None and code[1] == "NoSuchBucket" else "object"
+        what = "bucket" if code is not None and code[1] in _NO_BUCKET else "object"
         raise ObjectMissing(f"The server has no {what} for {url}.") from exc
     except PreconditionError as exc:
         raise ObjectChanged(
@@ -79,7 +80,10 @@ def _of_status(url: str, status: int, text: str, span: Span | None) -> StageFSEr
         case 416 if span is not None:
             return shorter(url, span.stop, 0)
         case _ if status in TRANSIENT_STATUSES:
-            return RemoteUnavailable(f"The server of {url} cannot answer now (HTTP {status}).")
+            return RemoteUnavailable(
+                f"The server of {url} cannot answer now (HTTP {status}).",
+                busy=status in BUSY_STATUSES,
+            )
         case _:
             return RemoteError(f"The server answered the request for {url} with HTTP {status}.")
 
@@ -118,9 +122,17 @@ _OF_WORDS: tuple[tuple[tuple[str, ...], Callable[[str], StageFSError]], ...] = (
 )
 
 
+_KEYS = {
+    "az": "check the keys (AZURE_STORAGE_* or AZURE_* variables) and [remote.az] account",
+    "gs": "check the credentials (GOOGLE_APPLICATION_CREDENTIALS, or [remote.gs] credentials_file)",
+    "s3": "check the keys (AWS_* variables, ~/.aws, or [remote.s3] profile)",
+}
+
+
 def _denied(url: str, text: str) -> AccessDenied:
     code = _CODE.search(text)
+    hint = _KEYS[url.partition("://")[0]]
     return AccessDenied(
-        f"The server refuses {url}{f' ({code[1]})' if code else ''}: check the keys (AWS_* "
-        "variables, ~/.aws, or [remote.s3] profile), or set anonymous = true for public data."
+        f"The server refuses {url}{f' ({code[1]})' if code else ''}: {hint}, or set "
+        "anonymous = true for public data."
     )

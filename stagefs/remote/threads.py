@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
 
-from stagefs.errors import CacheFailed, DeadlineExceeded, RemoteUnavailable
+from stagefs.errors import CacheFailed, DeadlineExceeded, RemoteUnavailable, StateFailed
 from stagefs.model import MIB, ObjectInfo, Span
-from stagefs.remote.base import Sink
+from stagefs.remote.base import Sink, WatchingSink
 
 if TYPE_CHECKING:
     from outcome import Outcome
@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 PIECE_BYTES = 256 << 10
 REPORT_INTERVAL_S = 0.5
+PUT_REPORT_INTERVAL_S = 0.1
 # A woken thread needs a few microseconds to end; a busy machine is given more.
 WOKEN_GRACE_S = 1.0
 
@@ -117,10 +118,10 @@ class Call(Generic[T]):
             self._close()
 
     def _open(self) -> None:
-        """Hook of SinkCall, under the lock."""
+        """Hook of SinkCall and SourceCall, under the lock."""
 
     def _close(self) -> None:
-        """Hook of SinkCall."""
+        """Hook of SinkCall and SourceCall."""
 
     def _tell(self, tell: Callable[..., object], *args: object) -> None:
         # The loop may be gone when a thread that was left behind ends.
@@ -155,7 +156,7 @@ class Call(Generic[T]):
 
     def _deadline_exceeded(self) -> DeadlineExceeded:
         if self._answered:
-            lack = f"sent no byte for {self._progress_timeout_s:g} s"
+            lack = f"{self._lack()} for {self._progress_timeout_s:g} s"
         else:
             lack = f"gave no answer within {self._answer_timeout_s:g} s"
         return DeadlineExceeded(
@@ -163,7 +164,10 @@ class Call(Generic[T]):
         )
 
     def _report(self) -> None:
-        """Hook of SinkCall."""
+        """Hook of SinkCall and SourceCall."""
+
+    def _lack(self) -> str:
+        return "sent no byte"
 
     async def _stop(self) -> None:
         self._stopped = True
@@ -205,6 +209,7 @@ class SinkCall(Call[T]):
         self._span = span
         self._sink = sink
         self._shift = sink.shift
+        self._watching = sink if isinstance(sink, WatchingSink) else None
         self._fd = -1
         self._written = 0
         self._told = 0
@@ -228,10 +233,15 @@ class SinkCall(Call[T]):
         view = memoryview(data)[: self.missing_bytes]
 
         def put(fd: int, offset: int) -> int:
-            return os.pwrite(fd, view, offset)
+            count = os.pwrite(fd, view, offset)
+            if self._watching is not None:
+                self._watching.passed(offset + self._shift, view[:count])
+            return count
 
         while view:
             view = view[self.move(put) :]
+            if self._watching is not None:
+                self._watching.between_pieces()
 
     def move(self, mover: Callable[[int, int], int]) -> int:
         """Let ``mover(fd, offset)`` put bytes into the sink; it returns how many."""
@@ -273,6 +283,74 @@ class SinkCall(Call[T]):
             span = Span(self._span.start + self._reported, written - self._reported)
             self._reported = written
             self._sink.landed(span)
+
+
+class SourceCall(Call[T]):
+    """A call whose thread sends a file.  It reads through a descriptor of its own (``source``),
+    so that the owner may close his while a thread that cannot be woken still lives."""
+
+    def __init__(
+        self,
+        work: "Callable[[SourceCall[T]], T]",
+        *,
+        url: str,
+        source: int,
+        progress: Callable[[int], None],
+        answer_timeout_s: float,
+        progress_timeout_s: float,
+    ) -> None:
+        super().__init__(
+            lambda _: work(self),
+            url=url,
+            answer_timeout_s=answer_timeout_s,
+            progress_timeout_s=progress_timeout_s,
+        )
+        self._given = source
+        self._progress = progress
+        self._moved = 0
+        self._moved_lock = threading.Lock()
+        self._told_at = 0.0
+        self._reported = 0
+        self.source = -1
+
+    # In the worker thread, and in threads that help it.
+
+    def moved(self, count: int = 0) -> None:
+        """So many further bytes went out; with 0, something else went on.  Raises CallStopped."""
+        self.checkpoint()
+        with self._moved_lock:
+            self._moved += count
+        now = time.monotonic()
+        if not self._answered or now - self._told_at >= PUT_REPORT_INTERVAL_S:
+            self._told_at = now
+            self.answered()
+
+    def moved_anew(self) -> None:
+        """The file is sent once more, from its beginning."""
+        with self._moved_lock:
+            self._moved = 0
+
+    def _open(self) -> None:
+        try:
+            self.source = os.dup(self._given)
+        except OSError as exc:
+            raise StateFailed(
+                f"The output for {self._url} cannot be read here ({exc.strerror})."
+            ) from exc
+
+    def _close(self) -> None:
+        os.close(self.source)
+
+    # In the trio thread.
+
+    def _report(self) -> None:
+        moved = self._moved
+        if moved > self._reported:
+            self._reported = moved
+            self._progress(moved)
+
+    def _lack(self) -> str:
+        return "took no byte"
 
 
 class VersionSink:

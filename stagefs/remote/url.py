@@ -3,17 +3,18 @@
 Every URL that enters StageFS passes ``normalize``, so that one object has one spelling.
 What a character means depends on the scheme:
 
-* ``http``, ``https``: as in RFC 3986.  The path stays percent-encoded as it was given;
-  ``?`` starts the query; ``#`` is refused, because a server never sees what follows it.
-* ``file``, ``ssh``, ``sftp``, ``memory``: the path is percent-decoded (``%20`` is a blank,
-  ``%25`` a percent sign); ``?`` and ``#`` are ordinary characters.
-* ``s3``, ``staging``: the path is taken literally, as the S3 tools do; ``%``, ``?`` and ``#``
-  are ordinary characters.
+* ``http``, ``https``, ``webdav``, ``webdavs``: as in RFC 3986.  The path stays percent-encoded as
+  it was given; ``?`` starts the query; ``#`` is refused, because a server never sees what follows.
+* ``file``, ``ssh``, ``sftp``, ``irods``, ``command``, ``memory``, ``fsspec+<protocol>`` and the
+  schemes of plug-ins: the path is percent-decoded (``%20`` is a blank, ``%25`` a percent sign);
+  ``?`` and ``#`` are ordinary characters.
+* ``s3``, ``gs``, ``az``, ``staging``: the path is taken literally, as the S3 tools do; ``%``, ``?``
+  and ``#`` are ordinary characters.
 
 Blanks and characters beyond ASCII may be written as they are.  NUL, line breaks and the
 segments ``.`` and ``..`` are refused, encoded or not: no URL leads out of the directory that
-it names.  Pure functions on text; no name is looked up.  Messages never show a password or
-a query.
+it names.  Functions on text; no host is looked up, but an unknown scheme may be a plug-in's.
+Messages never show a password or a query.
 """
 
 import re
@@ -21,13 +22,22 @@ from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
-from stagefs.errors import InvalidUrl
+from stagefs.errors import InvalidUrl, NotSupported
+from stagefs.remote import plugins
 
-HTTP_SCHEMES = frozenset({"http", "https"})
-DECODED_SCHEMES = frozenset({"file", "ssh", "sftp", "memory"})
-LITERAL_SCHEMES = frozenset({"s3", "staging"})
+HTTP_SCHEMES = frozenset({"http", "https", "webdav", "webdavs"})
+DECODED_SCHEMES = frozenset({"file", "ssh", "sftp", "irods", "command", "memory"})
+# The host is a bucket or container, the path a key.
+BUCKET_SCHEMES = frozenset({"s3", "gs", "az"})
+LITERAL_SCHEMES = BUCKET_SCHEMES | {"staging"}
 SCHEMES = HTTP_SCHEMES | DECODED_SCHEMES | LITERAL_SCHEMES
 LOCAL_SCHEMES = frozenset({"file", "staging"})
+# Where ``put`` is served.
+WRITABLE_SCHEMES = frozenset(
+    {"az", "command", "file", "gs", "memory", "s3", "sftp", "ssh", "webdav", "webdavs"}
+)
+# Any protocol that fsspec knows: ``fsspec+ftp://host/path``.
+FSSPEC = "fsspec+"
 
 URL_CHARACTERS_MAX = 16 << 10
 NAME_BYTES_MAX = 255
@@ -49,13 +59,18 @@ _PATH_SAFE = "/~!$&'()*+,;=:@"
 _QUERY_SAFE = "%/?~!$&'()*+,;=:@[]{}|^`\\"
 
 
+# What authorities without a password mean: many URLs have few hosts.
+_HOSTS_MAX = 256
+_hosts: dict[tuple[str, str], tuple[str | None, str | None, str, int | None]] = {}
+
+
 class RemoteUrl(msgspec.Struct, frozen=True, kw_only=True):
     """A URL in its parts.
 
     ``path`` is decoded text (``surrogateescape`` for bytes that are not UTF-8); of http URLs
-    it is the encoded path as it goes over the wire.  It begins with ``/`` except for s3,
-    where it is the key and may be empty.  ``host`` is the bucket of s3 and the store's name
-    of memory; empty for file and staging.
+    it is the encoded path as it goes over the wire.  It begins with ``/`` except for s3, gs
+    and az, where it is the key and may be empty.  ``host`` is the bucket there, the store's name
+    of memory and the programs' of command; empty for file and staging.
     """
 
     scheme: str
@@ -82,8 +97,8 @@ class RemoteUrl(msgspec.Struct, frozen=True, kw_only=True):
         if self.password is not None:
             user += ":" + quote(self.password, safe="*")
         at = "@" if self.user is not None or self.password is not None else ""
-        path = quote_path(self.path) if self.scheme in DECODED_SCHEMES else self.path
-        slash = "/" if self.scheme == "s3" else ""
+        path = quote_path(self.path) if is_decoded(self.scheme) else self.path
+        slash = "/" if self.scheme in BUCKET_SCHEMES else ""
         query = "" if self.query is None else "?" + self.query
         return f"{self.scheme}://{user}{at}{self.authority}{slash}{path}{query}"
 
@@ -94,8 +109,8 @@ def parse(text: str) -> RemoteUrl:
     if match is None:
         raise InvalidUrl(f"{shown(text)!r} is not a URL: write it as scheme://host/path.")
     scheme, rest = match[1].lower(), match[2]
-    if scheme not in SCHEMES:
-        known = ", ".join(sorted(SCHEMES))
+    if scheme not in SCHEMES and not is_decoded(scheme):
+        known = ", ".join(sorted({*SCHEMES, *plugins.schemes(), f"{FSSPEC}<protocol>"}))
         raise InvalidUrl(
             f"The scheme {scheme!r} of {shown(text)!r} is not known: use one of {known}."
         )
@@ -133,7 +148,7 @@ def join(base: str, name: str) -> str:
     if not is_file_name(name):
         raise InvalidUrl(f"{name!r} cannot be the name of an entry of {shown(base)!r}.")
     url = parse(base)
-    if url.scheme == "s3":
+    if url.scheme in BUCKET_SCHEMES:
         prefix = url.path if not url.path or url.path.endswith("/") else url.path + "/"
     else:
         prefix = url.path.rstrip("/") + "/"
@@ -149,6 +164,33 @@ def last_name(text: str) -> str:
     url = parse(text)
     name = url.path.rstrip("/").rpartition("/")[2]
     return decode_path(name) if url.scheme in HTTP_SCHEMES else name
+
+
+def is_decoded(scheme: str) -> bool:
+    """Whether the scheme is known and its paths are percent-decoded."""
+    if scheme in SCHEMES:
+        return scheme in DECODED_SCHEMES
+    return scheme.startswith(FSSPEC) or scheme in plugins.schemes()
+
+
+def check_writable(text: str) -> None:
+    """Whether outputs can be sent to a URL, as far as the URL tells: asked early, so that no
+    task runs for a result that has nowhere to go.  Raises InvalidUrl, NotSupported."""
+    scheme = parse(text).scheme
+    # Of a plug-in only its ``put`` can tell.
+    if scheme not in WRITABLE_SCHEMES and scheme not in plugins.schemes():
+        raise NotSupported(
+            f"{shown(text)} cannot be written to: {scheme} remotes are read only; "
+            "name a file, ssh, s3, gs, az, webdav or command URL."
+        )
+
+
+def name_to_write(text: str) -> str:
+    """The name of the object that a put is to make.  Raises InvalidUrl when there is none."""
+    name = "" if text.endswith("/") else last_name(text)
+    if not name:
+        raise InvalidUrl(f"{shown(text)} names no file to write: add a name to the directory.")
+    return name
 
 
 def quote_path(path: str) -> str:
@@ -180,6 +222,20 @@ def shown(text: str) -> str:
 def _authority(
     scheme: str, authority: str, text: str
 ) -> tuple[str | None, str | None, str, int | None]:
+    known = _hosts.get((scheme, authority))
+    if known is not None:
+        return known
+    parts = _new_authority(scheme, authority, text)
+    if parts[1] is None:
+        if len(_hosts) >= _HOSTS_MAX:
+            _hosts.clear()
+        _hosts[scheme, authority] = parts
+    return parts
+
+
+def _new_authority(
+    scheme: str, authority: str, text: str
+) -> tuple[str | None, str | None, str, int | None]:
     userinfo, at, host = authority.rpartition("@")
     if scheme in LOCAL_SCHEMES:
         if at or (host and (scheme, host) != ("file", "localhost")):
@@ -188,10 +244,13 @@ def _authority(
             )
         return None, None, "", None
     user, colon, password = userinfo.partition(":")
+    if not authority and scheme.startswith(FSSPEC):
+        # Some of its protocols have no hosts.
+        return None, None, "", None
     host, port = _host_and_port(host, text)
-    if scheme != "s3":
+    if scheme not in BUCKET_SCHEMES:
         host = host.lower()
-    default_port = {"http": 80, "https": 443}.get(scheme)
+    default_port = {"http": 80, "https": 443, "webdav": 80, "webdavs": 443}.get(scheme)
     return (
         _decoded_user(user, text) if at else None,
         _decoded_user(password, text) if colon else None,
@@ -232,17 +291,21 @@ def _path(scheme: str, path: str, text: str) -> tuple[str, str | None]:
         path, mark, tail = path.partition("?")
         query = quote(tail.encode("utf-8", "surrogateescape"), safe=_QUERY_SAFE) if mark else None
         path = _encoded(path or "/")
-        segments = decode_path(path).split("/")
+        decoded = decode_path(path)
     else:
-        if scheme in DECODED_SCHEMES:
+        if is_decoded(scheme) and ("%" in path or not path.isascii()):
             path = _decoded(path, text)
-        path = path[1:] if scheme == "s3" else re.sub("/+", "/", path) or "/"
-        segments = path.split("/")
+        if scheme in BUCKET_SCHEMES:
+            path = path[1:]
+        elif "//" in path or not path:
+            path = re.sub("/+", "/", path) or "/"
+        decoded = path
+    segments = decoded.split("/")
     if "." in segments or ".." in segments:
         raise InvalidUrl(
             f"The path of the URL {shown(text)!r} holds '.' or '..': write it without them."
         )
-    if any("\0" in segment for segment in segments):
+    if "\0" in decoded:
         raise InvalidUrl(f"The path of the URL {shown(text)!r} holds an encoded NUL.")
     return path, query
 

@@ -7,6 +7,7 @@ URL, or the key of an entry.
 
 import functools
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,11 @@ import trio
 
 from stagefs.cache.entry import ABSENT, Entry
 from stagefs.cache.eviction import Plan
+from stagefs.cache.history import Event, write_events
 from stagefs.cache.index import IndexRow
+from stagefs.cache.kept_capacity import keep_capacity
 from stagefs.cache.store import Cache
+from stagefs.config import CacheSettings
 from stagefs.errors import Busy, CacheFailed, InvalidName, NotADirectory, NotFound
 from stagefs.model import ObjectId
 from stagefs.namespace.node import Node, NodeKind
@@ -28,6 +32,7 @@ from stagefs.staging import values
 from stagefs.staging.names import first_error
 from stagefs.staging.tree import Place, Tree, parse_place
 from stagefs.staging.values import Progress, ProgressCallback
+from stagefs.state_directory import cache_limits
 
 PIN_OWNER = "admin"
 WARMED_AT_ONCE = 16
@@ -50,6 +55,7 @@ class CacheOperations:
         *,
         cache: Cache | None,
         directory: Path,
+        settings: CacheSettings,
         namespace: Namespace,
         objects: Objects,
         remotes: Remotes,
@@ -57,6 +63,7 @@ class CacheOperations:
     ) -> None:
         self._maybe_cache = cache
         self._directory = directory
+        self._settings = settings
         self._namespace = namespace
         self._objects = objects
         self._remotes = remotes
@@ -194,6 +201,8 @@ class CacheOperations:
                 entries += 1
                 damaged.append(f"{_text(row.url)}: its file was damaged")
             done += row.cached_bytes
+        now_s = time.time()
+        await self._note(*(Event(now_s, "damaged", url=line, by="verify") for line in damaged))
         return values.Verified(entries, chunks, done, damaged)
 
     async def _verify_entry(self, entry: Entry) -> tuple[int, int]:
@@ -291,19 +300,54 @@ class CacheOperations:
     async def capacity(
         self, request: values.Capacity, progress: ProgressCallback
     ) -> values.CacheUsage:
-        """Set, for this daemon's life, and make room at once."""
-        cache = self._cache
-        if request.capacity_bytes is not None:
-            if request.capacity_bytes < 0:
-                raise InvalidName("A capacity is not negative.")
-            cache.capacity_bytes = request.capacity_bytes
-            self._objects.close_idle()
-            while cache.over_capacity():
-                progress(Progress("making room", cache.used_bytes, None))
-                plan = cache.plan_room()
-                if plan is None or not await self._carry_out(plan):
-                    break
+        """Set, for this daemon and those after it, and make room at once."""
+        cache, wanted = self._cache, request.capacity_bytes
+        if wanted is not None and wanted < 0:
+            raise InvalidName("A capacity is not negative.")
+        if request.default:
+            limits = cache_limits(self._settings, self._directory, cached_bytes=cache.used_bytes)
+            wanted = limits.capacity_bytes
+        if wanted is not None:
+            configured = self._settings.capacity_bytes
+            kept = None if request.default else wanted
+            keep = functools.partial(keep_capacity, self._directory, kept, configured=configured)
+            await trio.to_thread.run_sync(keep)
+            cache.capacity_bytes = wanted
+            await self._make_room(progress)
+            await self._note(
+                Event(time.time(), "capacity", size_bytes=wanted, by="an administrator")
+            )
         return await self.usage()
+
+    async def cleanup(
+        self, request: values.Cleanup, progress: ProgressCallback
+    ) -> values.CacheUsage:
+        """Evict until at most so much is left, or all that may go is gone."""
+        if request.to_bytes < 0:
+            raise InvalidName("A size is not negative.")
+        cache = self._cache
+        # What came since the last flush has no row yet.
+        await trio.to_thread.run_sync(cache.flush_index)
+        self._objects.close_idle()
+        while (excess := cache.used_bytes - request.to_bytes) > 0:
+            progress(Progress("cleaning up", cache.used_bytes, None))
+            plan = cache.plan_freeing(excess)
+            if plan is None or not await self._carry_out(plan):
+                break
+        return await self.usage()
+
+    async def _make_room(self, progress: ProgressCallback) -> None:
+        cache = self._cache
+        self._objects.close_idle()
+        while cache.over_capacity():
+            progress(Progress("making room", cache.used_bytes, None))
+            plan = cache.plan_room()
+            if plan is None or not await self._carry_out(plan):
+                break
+
+    async def _note(self, *events: Event) -> None:
+        """For the history."""
+        await trio.to_thread.run_sync(write_events, self._directory, events)
 
 
 def sum_of(done: dict[int, int]) -> int:

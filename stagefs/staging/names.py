@@ -1,4 +1,4 @@
-"""The operations on names: stage in, bind, list, stat, remove, move, and sandboxes.
+"""The operations on names: stage in, bind, list, stat, remove, move.
 
 Each asks the remotes first and changes the namespace when all have answered, so that a failure
 leaves nothing half made.  Trio thread.  Every change of a name that the kernel may know is told
@@ -16,7 +16,6 @@ from stagefs.errors import InvalidName, IsADirectory, NameExists, NotEmpty, Stag
 from stagefs.model import Checksum, Inode
 from stagefs.namespace.node import (
     IMMUTABLE_CHECKED_NS,
-    TASKS_INODE,
     Node,
     NodeKind,
     RenameFlags,
@@ -26,10 +25,12 @@ from stagefs.namespace.store import Namespace
 from stagefs.objects.objects import Objects
 from stagefs.objects.staged import staged_from
 from stagefs.remote.registry import Remotes
-from stagefs.remote.url import last_name, parse
+from stagefs.remote.url import check_writable, last_name, parse
 from stagefs.staging import values
 from stagefs.staging.tree import SCHEME, Invalidations, Place, Tree, parse_place, refuse_root
 from stagefs.staging.values import Progress, ProgressCallback
+from stagefs.vfs.changes import Changes
+from stagefs.vfs.workspace import Workspace
 
 ASKED_AT_ONCE = 16
 # Attributes of so many files are told to the kernel when a tree goes; others time out.
@@ -48,6 +49,8 @@ class NameOperations:
         remotes: Remotes,
         tree: Tree,
         invalidations: Invalidations,
+        changes: Changes,
+        workspace: Workspace,
         settings: NamespaceSettings,
     ) -> None:
         self._namespace = namespace
@@ -55,6 +58,8 @@ class NameOperations:
         self._remotes = remotes
         self._tree = tree
         self._invalidations = invalidations
+        self._changes = changes
+        self._workspace = workspace
         self._settings = settings
 
     # Staging in
@@ -67,7 +72,7 @@ class NameOperations:
         places = await self._places(request)
         for place in places:
             await self._refuse_existing(place, replace=request.replace)
-        sources = await self._sources(request.urls, progress, request.checksum)
+        sources = await self.sources(request.urls, progress, request.checksum)
         if request.immutable:
             sources = [_immutable(source) for source in sources]
         nodes = [
@@ -97,7 +102,7 @@ class NameOperations:
     def _last_name(self, url: str) -> str:
         name = last_name(url)
         if not name:
-            raise InvalidName(f"{self._public(url)} tells no name: write staging:///name for it.")
+            raise InvalidName(f"{self.public(url)} tells no name: write staging:///name for it.")
         return name
 
     async def _refuse_existing(self, place: Place, *, replace: bool) -> None:
@@ -118,20 +123,20 @@ class NameOperations:
         old = await self._tree.find(place)
         if isinstance(source, Node):
             if old is not None:
-                self._forget_removed(directory.inode, place.name, old)
+                self.forget_removed(directory.inode, place.name, old)
                 self._namespace.remove(directory.inode, place.name)
-            node = self._link(source, directory.inode, place.name)
+            node = self.link(source, directory.inode, place.name)
         elif old is None:
-            node = self._register(directory.inode, place.name, source)
+            node = self.register(directory.inode, place.name, source)
         elif old.object_id == source.object_id and old.checksum == source.checksum:
             node = self._namespace.touch_checked(old.inode, source.checked_ns)
         else:
             node = self._namespace.replace(directory.inode, place.name, source)
-            self._forget_removed(directory.inode, place.name, old)
-        self._changed(directory.inode, place.name)
+            self.forget_removed(directory.inode, place.name, old)
+        self.changed(directory.inode, place.name)
         return node
 
-    def _register(self, directory: Inode, name: str, source: StagedObject) -> Node:
+    def register(self, directory: Inode, name: str, source: StagedObject) -> Node:
         """The node of the same version when there is one, so that its readers share one page
         cache; else a new one."""
         known = None
@@ -142,13 +147,13 @@ class NameOperations:
             return self._namespace.link(known.inode, directory, name)
         return self._namespace.register(directory, name, source)
 
-    def _link(self, source: Node, directory: Inode, name: str) -> Node:
+    def link(self, source: Node, directory: Inode, name: str) -> Node:
         if source.kind is NodeKind.DIRECTORY:
             return self._namespace.link_directory(source.inode, directory, name)
         self._invalidations.inode(source.inode)
-        return self._namespace.link(source.inode, directory, name)
+        return self._changes.link(source.inode, directory, name, None)
 
-    async def _sources(
+    async def sources(
         self, urls: Sequence[str], progress: ProgressCallback, checksum: Checksum | None = None
     ) -> list[Source]:
         """What each URL leads to.  Asks the remotes, several at a time; raises the first error."""
@@ -169,14 +174,14 @@ class NameOperations:
     async def _source(self, url: str, checksum: Checksum | None) -> Source:
         if url.startswith(SCHEME):
             return await self._tree.node(parse_place(url))
-        said = await self._objects.stat(self._public(url))
+        said = await self._objects.stat(self.public(url))
         staged = staged_from(said, default_mode=self._settings.default_file_mode)
         if checksum is None:
             return staged
         # The checksum is what fixes the content: another declaration is another object.
         return msgspec.structs.replace(staged, checksum=checksum, version=str(checksum))
 
-    def _public(self, url: str) -> str:
+    def public(self, url: str) -> str:
         """First of all: from here on nobody sees a secret."""
         return self._remotes.public(url)
 
@@ -186,16 +191,26 @@ class NameOperations:
                 f"{request.url} is a name already: link it with `stagefs sandbox create --in`, or"
                 " `ln -s` in the mount."
             )
-        url = self._public(request.url)
+        url = self.public(request.url)
         self._remotes.for_url(url)  # raises InvalidUrl where no remote serves it
+        if request.writable:
+            check_writable(url)
+        elif request.overwrite or request.propagate_delete:
+            raise InvalidName("--overwrite and --propagate-delete are for --writable bindings.")
         if parse(url).query is not None:
             raise InvalidName(f"{url} has a query, so names cannot be looked for below it.")
         place = parse_place(request.target)
         await self._refuse_existing(place, replace=False)
         directory = await self._tree.make_directories(place.above)
         ttl_s = self._settings.listing_ttl_s if request.ttl_s is None else request.ttl_s
-        node = self._namespace.bind(directory.inode, place.name, url, ttl_s)
-        self._changed(directory.inode, place.name)
+        node = self._namespace.bind(
+            *(directory.inode, place.name, url, ttl_s),
+            writable=request.writable,
+            overwrites=request.overwrite,
+            deletes=request.propagate_delete,
+        )
+        self.changed(directory.inode, place.name)
+        self._remotes.connect_soon(url)
         return self._tree.describe(place, node)
 
     # Looking
@@ -230,16 +245,31 @@ class NameOperations:
             raise InvalidName("The root of the mount cannot be removed: unmount it.")
         node = await self._tree.node(place)
         directory = await self._tree.directory(place.above)
-        self._forget_removed(directory.inode, place.name, node)
+        self.forget_removed(directory.inode, place.name, node)
         if node.kind is not NodeKind.DIRECTORY:
-            self._namespace.remove(directory.inode, place.name)
+            self._changes.unlink(directory.inode, place.name, None)
         elif request.recursive:
+            if directory.deletes:
+                await self._remove_below(node)
             self._namespace.remove_tree(directory.inode, place.name)
-            await self._purge()
+            await self.purge()
+            self._workspace.names_went()
         else:
             self._remove_directory(directory.inode, place)
-        self._changed(directory.inode, place.name)
+        self.changed(directory.inode, place.name)
         return values.Removed(1)
+
+    async def _remove_below(self, directory: Node) -> None:
+        """One by one, so that each object is removed at the remote.  (To remove the binding itself
+        removes nothing there.)"""
+        await self._tree.shown(directory)
+        while page := self._namespace.page(directory.inode, 0, values.PAGE_ENTRIES_MAX):
+            for _cookie, name, node in page:
+                if node.kind is NodeKind.DIRECTORY:
+                    await self._remove_below(node)
+                    self._namespace.remove_tree(directory.inode, name)
+                else:
+                    self._changes.unlink(directory.inode, name, None)
 
     def _remove_directory(self, above: Inode, place: Place) -> None:
         try:
@@ -249,7 +279,7 @@ class NameOperations:
                 f"{place} is not empty: use --recursive; nothing at a remote is touched."
             ) from exc
 
-    async def _purge(self) -> None:
+    async def purge(self) -> None:
         while self._namespace.purge():
             await trio.lowlevel.checkpoint()
 
@@ -266,66 +296,17 @@ class NameOperations:
         await self._tree.node(source)
         old = await self._tree.directory(source.above)
         new = await self._tree.directory(target.above)
-        node = self._namespace.rename(
-            old.inode, source.name, new.inode, target.name, RenameFlags.NOREPLACE
+        self._changes.rename(
+            *(old.inode, source.name, new.inode, target.name), RenameFlags.NOREPLACE, None
         )
-        self._changed(old.inode, source.name)
-        self._changed(new.inode, target.name)
+        node = self._namespace.lookup(new.inode, target.name)
+        self.changed(old.inode, source.name)
+        self.changed(new.inode, target.name)
         return self._tree.describe(target, node)
-
-    # Sandboxes
-
-    async def sandbox_create(
-        self, request: values.CreateSandbox, progress: ProgressCallback
-    ) -> values.Sandbox:
-        place = _sandbox(request.name)
-        if await self._tree.find(place) is not None:
-            raise NameExists(f"The sandbox {request.name} exists: remove it, or take another name.")
-        names = {name: self._input(place, name) for name in request.inputs}
-        sources = await self._sources(list(request.inputs.values()), progress)
-        directory = self._namespace.make_directory(TASKS_INODE, request.name)
-        try:
-            for inside, source in zip(names.values(), sources, strict=True):
-                above = await self._tree.make_directories(inside.above)
-                if isinstance(source, Node):
-                    self._link(source, above.inode, inside.name)
-                else:
-                    self._register(above.inode, inside.name, source)
-        except BaseException:
-            self._namespace.remove_tree(TASKS_INODE, request.name)
-            raise
-        self._changed(TASKS_INODE, request.name)
-        return self._describe_sandbox(request.name, self._namespace.node(directory.inode))
-
-    def _input(self, sandbox: Place, name: str) -> Place:
-        inside = parse_place(f"/{name}")
-        if not inside.parts or inside.is_directory:
-            raise InvalidName(f"{name!r} cannot be the name of an input.")
-        return Place((*sandbox.parts, *inside.parts), is_directory=False)
-
-    async def sandbox_list(self) -> values.Sandboxes:
-        found = []
-        after = 0
-        while page := self._namespace.page(TASKS_INODE, after, values.PAGE_ENTRIES_MAX):
-            after = page[-1][0]
-            found += [
-                self._describe_sandbox(name, node)
-                for _cookie, name, node in page
-                if node.kind is NodeKind.DIRECTORY
-            ]
-            await trio.lowlevel.checkpoint()
-        return values.Sandboxes(found)
-
-    def _describe_sandbox(self, name: str, node: Node) -> values.Sandbox:
-        return values.Sandbox(name=name, path=str(_sandbox(name)), made_ns=node.ctime_ns)
-
-    async def sandbox_remove(self, request: values.OneSandbox) -> values.Removed:
-        place = _sandbox(request.name)
-        return await self.remove(values.RemoveName(path=str(place), recursive=True))
 
     # What the kernel must hear
 
-    def _changed(self, directory: Inode, name: str) -> None:
+    def changed(self, directory: Inode, name: str) -> None:
         """A name leads elsewhere: here, and in the directories that show this one."""
         self._invalidations.entry(directory, name)
         self._invalidations.inode(directory)
@@ -333,7 +314,17 @@ class NameOperations:
             self._invalidations.entry(overlay, name)
             self._invalidations.inode(overlay)
 
-    def _forget_removed(self, directory: Inode, name: str, node: Node) -> None:
+    def many_changed(self, directory: Inode, names: Sequence[str]) -> None:
+        """As ``changed`` for new names: somebody may have looked for them in vain."""
+        for shown in (directory, *self._namespace.overlays(directory)):
+            for name in names:
+                self._invalidations.entry(shown, name)
+            self._invalidations.inode(shown)
+
+    def attributes_changed(self, inode: Inode) -> None:
+        self._invalidations.inode(inode)
+
+    def forget_removed(self, directory: Inode, name: str, node: Node) -> None:
         """Files lose a link: their other names shall show it."""
         if node.kind is not NodeKind.DIRECTORY:
             self._invalidations.inode(node.inode)
@@ -341,13 +332,6 @@ class NameOperations:
         for _cookie, _name, below in self._namespace.page(node.inode, 0, FORGOTTEN_MAX):
             if below.kind is NodeKind.FILE:
                 self._invalidations.inode(below.inode)
-
-
-def _sandbox(name: str) -> Place:
-    place = parse_place(f"/tasks/{name}")
-    if len(place.parts) != 2 or "/" in name:
-        raise InvalidName(f"{name!r} cannot be the name of a sandbox: it is one component.")
-    return place
 
 
 def _immutable(source: Source) -> Source:

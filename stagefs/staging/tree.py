@@ -5,17 +5,18 @@ Nothing here changes a name, but for ``make_directories``.  Trio thread; only bo
 may wait for a remote, with the deadline that ``Bindings`` keeps.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
 
 from stagefs.errors import InvalidName, NotADirectory, NotFound
 from stagefs.model import ROOT_INODE, Inode
-from stagefs.namespace.node import Node, NodeKind, encoded_name
+from stagefs.namespace.node import ContentKind, Node, NodeKind, encoded_name
 from stagefs.namespace.store import Namespace
 from stagefs.objects.objects import Objects
 from stagefs.staging.values import NameStat
-from stagefs.vfs.attributes import cached_state
+from stagefs.vfs.attributes import cached_state, upload_state
 from stagefs.vfs.bindings import Bindings
 
 STAGING = "staging"
@@ -74,7 +75,19 @@ def parse_place(path: str) -> Place:
 
 
 class Tree:
-    def __init__(self, namespace: Namespace, objects: Objects, bindings: Bindings) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        objects: Objects,
+        bindings: Bindings,
+        hidden_links: Mapping[Inode, int],
+        *,
+        live: Callable[[Node], Node],
+    ) -> None:
+        """``hidden_links``: how many of a file's links nobody can see.  ``live``: a local file with
+        the size and the times that it has."""
+        self._live = live
+        self._hidden_links = hidden_links
         self._namespace = namespace
         self._objects = objects
         self._bindings = bindings
@@ -131,8 +144,15 @@ class Tree:
             raise NotADirectory(f"{place} is not a directory.")
         return node
 
+    def _upload(self, node: Node) -> str | None:
+        if node.content is not ContentKind.PUBLISHED:
+            return None
+        return upload_state(self._namespace.uploads_of(node.inode))
+
     def describe(self, place: Place, node: Node, *, cached: bool = True) -> NameStat:
         """What is known of a node, asking nobody; without ``cached`` not even the cache."""
+        if node.content is not ContentKind.OBJECT:
+            node = self._live(node)
         of = node.object_id
         held = self._objects.cached_bytes(node) if cached and of is not None else 0
         error = self._objects.last_error(node) if of is not None else None
@@ -144,14 +164,17 @@ class Tree:
             size_bytes=node.size_bytes,
             mtime_ns=node.mtime_ns,
             mode=node.mode,
-            links=node.nlink,
+            links=node.nlink - self._hidden_links.get(node.inode, 0),
             url=of.url if of is not None else node.bind_url,
             version=(node.validator or of.version) if of is not None else None,
             checksum=str(node.checksum) if node.checksum is not None else None,
             state=cached_state(node, held) if cached and of is not None else None,
             cached_bytes=held,
             bound=node.bind_url is not None,
+            writable=node.writable,
+            upload=self._upload(node),
             last_error=error.sentence if error is not None else None,
+            replicas=self._objects.replicas.lines(of) if cached and of is not None else [],
         )
 
 

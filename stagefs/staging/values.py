@@ -5,11 +5,15 @@ Frozen, without behaviour, free of trio, so that commands may import them cheapl
 nanoseconds of the wall clock.  URLs in answers are public ones: never with credentials.
 """
 
+import enum
 from collections.abc import Callable
 
 import msgspec
 
-from stagefs.model import Checksum
+from stagefs.model import Checksum, OnWrite
+from stagefs.staging.manifest import LeaseLifetime, Manifest, Mirrored, Output
+from stagefs.staging.queue_values import QueueTotals
+from stagefs.staging.workers import Worker
 
 PAGE_ENTRIES_MAX = 1000
 
@@ -35,7 +39,9 @@ class Empty(msgspec.Struct, frozen=True):
 
 class NameStat(msgspec.Struct, frozen=True, omit_defaults=True):
     """One name.  ``kind`` is file, directory or symlink; ``state`` of a staged file is absent,
-    partial or complete, after what the cache holds of it.
+    partial or complete, after what the cache holds of it.  ``upload``: of a file that a writable
+    binding sends to its remote, as ``user.stagefs.upload`` says it.  ``replicas``: URLs with their
+    affinity behind a blank, as ``user.stagefs.replicas`` has them in lines.
     """
 
     path: str
@@ -53,7 +59,10 @@ class NameStat(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_bytes: int = 0
     immutable: bool = False
     bound: bool = False
+    writable: bool = False
+    upload: str | None = None
     last_error: str | None = None
+    replicas: list[str] = []
 
 
 class ListNames(msgspec.Struct, frozen=True):
@@ -108,11 +117,18 @@ class StagedIn(msgspec.Struct, frozen=True):
 
 
 class Bind(msgspec.Struct, frozen=True):
-    """Show the remote directory ``url`` at ``target``; listed on demand, believed for ``ttl_s``."""
+    """Show the remote directory ``url`` at ``target``; listed on demand, believed for ``ttl_s``.
+
+    ``writable``: what is closed in it is uploaded; with ``overwrite`` in place of objects that are
+    there, and with ``propagate_delete`` what is removed is removed there, too.
+    """
 
     url: str
     target: str
     ttl_s: float | None = None
+    writable: bool = False
+    overwrite: bool = False
+    propagate_delete: bool = False
 
 
 class ImportCatalog(msgspec.Struct, frozen=True):
@@ -136,24 +152,178 @@ class Imported(msgspec.Struct, frozen=True):
 
 
 class CreateSandbox(msgspec.Struct, frozen=True):
-    """``inputs``: name in the sandbox -> URL or ``staging:///...``."""
+    """``name``: one component, below ``tasks/``, or the path of a new directory in the mount.
+    ``mirrored``: what the manifest's mirrors match on this machine now.  ``worker``: the program
+    with which the sandbox ends.
+    """
 
     name: str
-    inputs: dict[str, str] = {}
+    manifest: Manifest = Manifest()
+    mirrored: list[Mirrored] = []
+    worker: Worker | None = None
+
+
+class CreateSandboxes(msgspec.Struct, frozen=True):
+    """``count`` of them from one manifest: NAME.000000, NAME.000001, ..."""
+
+    name: str
+    count: int
+    manifest: Manifest = Manifest()
+    mirrored: list[Mirrored] = []
+
+
+class SandboxState(enum.StrEnum):
+    """Kept on disk: words stay.  ``committing`` is never: it is ``active`` to who comes later."""
+
+    ACTIVE = "active"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    FAILED = "failed"
 
 
 class Sandbox(msgspec.Struct, frozen=True):
+    """``name`` is what commands call it, ``path`` where it is in the mount."""
+
     name: str
     path: str
-    made_ns: int
+    state: SandboxState
+    on_write: OnWrite
+    persistent: bool = False
+    created_ns: int = 0
+    changed_ns: int = 0
 
 
 class Sandboxes(msgspec.Struct, frozen=True):
     sandboxes: list[Sandbox]
 
 
+class SandboxPage(msgspec.Struct, frozen=True):
+    """``after`` continues the listing; None: that was all."""
+
+    sandboxes: list[Sandbox]
+    after: int | None = None
+
+
+class ListSandboxes(msgspec.Struct, frozen=True):
+    after: int = 0
+    limit: int = PAGE_ENTRIES_MAX
+
+
 class OneSandbox(msgspec.Struct, frozen=True):
     name: str
+
+
+class ShowSandbox(msgspec.Struct, frozen=True):
+    """``hashes``: of the chunks of what it read, too, where it records."""
+
+    name: str
+    hashes: bool = False
+
+
+class InputState(enum.StrEnum):
+    """Of a declared input: as it was linked, changed by the task (a copy of its own), replaced by
+    another file, or removed."""
+
+    LINKED = "linked"
+    MODIFIED = "modified"
+    REPLACED = "replaced"
+    REMOVED = "removed"
+
+
+class SandboxInput(msgspec.Struct, frozen=True):
+    name: str
+    source: str
+    state: InputState
+
+
+class CommittedOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``name`` in the sandbox; ``checksums`` of files: xxh3, sha256 and what the remote needs.
+    ``queued``: it is uploaded later."""
+
+    name: str
+    to: str
+    kind: str = "file"
+    size_bytes: int = 0
+    checksums: list[Checksum] = []
+    queued: bool = False
+
+
+class CommitRecord(msgspec.Struct, frozen=True):
+    """What one commit made visible."""
+
+    id: str
+    sandbox: str
+    time_ns: int
+    outputs: list[CommittedOutput]
+
+
+class ReadObject(msgspec.Struct, frozen=True):
+    """One object that a recording sandbox opened, first under ``name``.  ``served_bytes`` were
+    answered to it, of which ``fetched_bytes`` were not cached; its reads waited ``blocked_s`` for
+    them.  ``chunk_hashes``: number of a cached chunk -> its xxh3-64."""
+
+    name: str
+    url: str
+    version: str
+    size_bytes: int
+    first_ns: int = 0
+    opens: int = 0
+    served_bytes: int = 0
+    fetched_bytes: int = 0
+    blocked_s: float = 0.0
+    chunk_hashes: dict[str, str] = {}
+
+
+class SandboxReads(msgspec.Struct, frozen=True):
+    """What a recording sandbox read.  ``never_opened``: declared inputs."""
+
+    objects: list[ReadObject]
+    served_bytes: int
+    fetched_bytes: int
+    blocked_s: float
+    never_opened: list[str]
+    note: str = "reads that the kernel answered from its page cache are not seen"
+
+
+class SandboxDetails(msgspec.Struct, frozen=True):
+    """``modified``: the names of files that the task changed its own copy of, declared or not.
+    ``reason``: why it failed."""
+
+    sandbox: Sandbox
+    manifest: Manifest
+    lifetime: LeaseLifetime
+    inputs: list[SandboxInput]
+    modified: list[str]
+    commits: list[CommitRecord]
+    leases: int = 0
+    reason: str | None = None
+    template: bool = False
+    reads: SandboxReads | None = None
+    worker: Worker | None = None
+
+
+class CommitSandbox(msgspec.Struct, frozen=True):
+    """``outputs``: besides those of the manifest."""
+
+    name: str
+    outputs: list[Output] = []
+
+
+class SandboxDirectory(msgspec.Struct, frozen=True):
+    """A sandbox, and a real directory of this machine that a task without a mount works in."""
+
+    name: str
+    directory: str
+
+
+class Copied(msgspec.Struct, frozen=True):
+    files: int
+    bytes_total: int
+
+
+class FailSandbox(msgspec.Struct, frozen=True):
+    name: str
+    reason: str | None = None
 
 
 # The cache
@@ -263,12 +433,36 @@ class Warmed(msgspec.Struct, frozen=True):
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """As a request: None asks, a number sets."""
+    """As a request: None asks, a number sets, for later daemons of this cache, too; ``default``
+    goes back to what is configured."""
 
     capacity_bytes: int | None = None
+    default: bool = False
+
+
+class Cleanup(msgspec.Struct, frozen=True):
+    """Evict, the least recently used first, until the cache takes ``to_bytes`` at most."""
+
+    to_bytes: int
 
 
 # Seeing it
+
+
+class ExplainName(msgspec.Struct, frozen=True):
+    """``ask``: the remote, too, when not everything is cached or something failed."""
+
+    path: str
+    ask: bool = True
+
+
+class Why(msgspec.Struct, frozen=True):
+    """``state``: cached, partial, remote (nothing is cached), failing, local or directory;
+    ``because`` are sentences."""
+
+    path: str
+    state: str
+    because: list[str]
 
 
 class TransferStatus(msgspec.Struct, frozen=True):
@@ -294,3 +488,4 @@ class Status(msgspec.Struct, frozen=True):
     waiting_reads: int
     open_objects: int
     transfers: list[TransferStatus]
+    queue: QueueTotals = QueueTotals()

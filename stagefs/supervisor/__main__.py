@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stagefs.supervisor import log_file
 from stagefs.supervisor.daemons import Credentials, Status
 from stagefs.supervisor.lifetime import parse_lifetime
-from stagefs.supervisor.loop import Options, Supervisor
+from stagefs.supervisor.loop import Supervisor
 from stagefs.supervisor.mounts import Owner, Refused
+from stagefs.supervisor.options import Options
 
 
 def main(argv: list[str]) -> int:
@@ -72,19 +74,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--state", required=True, type=Path)
     parser.add_argument("--allow-other", action="store_true")
     parser.add_argument("--user", help="as root: mount and run the daemon for this user")
-    parser.add_argument("--lifetime", default="forever", help="pid:N, job or forever")
+    parser.add_argument("--lifetime", help="pid:N, job or forever (the default)")
+    parser.add_argument("--replace", action="store_true", help="take over from the running one")
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--no-resend", action="store_true", help="as on kernels before 6.9")
     parser.add_argument("--read-ahead-kib", type=int, default=512)
     parser.add_argument("--start-timeout-s", type=float, default=120.0)
     parser.add_argument("--stop-timeout-s", type=float, default=30.0)
+    parser.add_argument("--probe-period-s", type=float, default=5.0)
+    parser.add_argument("--probe-timeout-s", type=float, default=15.0, help="0: never look")
+    parser.add_argument("--notify-socket", help="of the service manager: its NOTIFY_SOCKET")
     parser.add_argument("daemon", nargs="+")
     return parser
 
 
 def _options(arguments: argparse.Namespace, credentials: Credentials | None) -> Options:
     try:
-        lifetime = parse_lifetime(arguments.lifetime)
+        lifetime = parse_lifetime(arguments.lifetime or "forever")
     except ValueError as exc:
         raise Refused(str(exc)) from exc
     if credentials:
@@ -104,6 +110,11 @@ def _options(arguments: argparse.Namespace, credentials: Credentials | None) -> 
         read_ahead_kib=arguments.read_ahead_kib,
         start_timeout_s=arguments.start_timeout_s,
         stop_timeout_s=arguments.stop_timeout_s,
+        probe_period_s=arguments.probe_period_s,
+        probe_timeout_s=arguments.probe_timeout_s,
+        notify_socket=arguments.notify_socket,
+        replace=arguments.replace,
+        keeps_lifetime=arguments.lifetime is None,
     )
 
 
@@ -143,11 +154,10 @@ def _runner(credentials: Credentials | None) -> Callable[[Callable[[], None]], N
 
 
 def _open_log(state: Path) -> int:
-    path = state / "supervisor.log"
     try:
-        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        output = log_file.open_log(state)
     except OSError as exc:
-        raise Refused(f"Cannot write {path}: {exc.strerror}.") from exc
+        raise Refused(f"Cannot write {state / log_file.NAME}: {exc.strerror}.") from exc
     formatter = logging.Formatter("%(asctime)s %(levelname)s supervisor %(process)d: %(message)s")
     formatter.converter = time.gmtime
     stream = logging.StreamHandler(os.fdopen(output, "a", encoding="utf-8", closefd=False))

@@ -3,6 +3,7 @@
 What it is handed, and how, is the contract in the docstring of ``stagefs/fuse/session.py``.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -48,7 +49,9 @@ class Daemon:
         init: bytes,
         output: int,
         credentials: Credentials | None,
+        kept_open: Sequence[int] = (),
     ) -> None:
+        """``kept_open``: descriptors that are closed only when both the daemon and we are gone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status_fd, status = os.pipe()
         os.set_blocking(self.status_fd, False)
@@ -64,7 +67,7 @@ class Daemon:
             # A process group of its own: Ctrl-C on --foreground is for the supervisor only.
             self._child = subprocess.Popen(
                 [*argv, "--supervised", handed],
-                pass_fds=[device, theirs.fileno(), memory, status],
+                pass_fds=[device, theirs.fileno(), memory, status, *kept_open],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -117,6 +120,11 @@ class Daemon:
 
     def send(self, number: signal.Signals) -> None:
         self._child.send_signal(number)
+
+    def wait(self, timeout_s: float) -> None:
+        """Give it that long to do something or to end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout_s)
 
     def close(self) -> None:
         if self.status_fd >= 0:

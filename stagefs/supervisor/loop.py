@@ -1,54 +1,44 @@
 """The life of one mount: start, wait, bring back a daemon that died, end.
 
-One thread waits for five things at once: signals, what the daemon says, the end of the
-process that the lifetime names, the end of the connection, and the clock.  Whatever may
+One thread waits for six things at once: signals, what the daemon says, the end of the process
+that the lifetime names, the end of the connection, another supervisor, and the clock.  Whatever may
 block in the kernel is done elsewhere (``children``), so a signal is never missed.
 """
 
-import json
 import logging
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from stagefs.supervisor import leftovers, mounts, wire
+from stagefs.supervisor import handover, leftovers, log_file, mounts, oom, wire
+from stagefs.supervisor.backoff import Backoff
 from stagefs.supervisor.children import reap_late, start_child
-from stagefs.supervisor.daemons import Credentials, Daemon, Status, describe_exit
-from stagefs.supervisor.lifetime import LivingProcess, read_process
+from stagefs.supervisor.daemons import Daemon, Status, describe_exit
+from stagefs.supervisor.lifetime import open_pidfd
 from stagefs.supervisor.memory import SharedMemory
+from stagefs.supervisor.notify import ServiceManager
+from stagefs.supervisor.options import Options
+from stagefs.supervisor.record import Record
 from stagefs.supervisor.repetitions import drop_answered_notes
+from stagefs.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("stagefs.supervisor")
 
 TICK_S = 1.0
 INIT_TIMEOUT_S = 30.0
 FAILURES_MAX = 5
-# A pause before the next start, doubled from death to death.  It stays short for daemons
-# that got some work done, and starts anew after one that lived for a while.
-BACKOFF_FIRST_S, BACKOFF_WORKING_MAX_S, BACKOFF_MAX_S = 0.1, 1.0, 10.0
-GOOD_LIFE_S = 10.0
 # After the mount is gone the daemon should end by itself; then it is asked, then forced.
 END_BY_ITSELF_S = 2.0
+# A daemon that does not answer is first asked to write down what it is doing.
+LAST_WORDS_S = 0.5
+# Where the kernel does not send requests again, those in work get so long to be answered before
+# another supervisor takes over.
+FINISH_S = 2.0
+TAKE_OVER = "another supervisor takes the mount over"
 EXIT_FAILED = 1
-
-
-@dataclass(frozen=True)
-class Options:
-    mountpoint: str
-    state: Path
-    daemon_argv: Sequence[str]
-    allow_other: bool
-    resend: bool
-    lifetime: LivingProcess | None
-    owner: mounts.Owner
-    credentials: Credentials | None
-    read_ahead_kib: int
-    start_timeout_s: float
-    stop_timeout_s: float
 
 
 class Supervisor:
@@ -74,9 +64,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note_stop)
         signal.signal(signal.SIGCHLD, _note_nothing)
-        self._lifetime_fd = _open_pidfd(options.lifetime)
+        self._lifetime = options.lifetime
         self._failures = 0
-        self._backoff_s = 0.0
+        self._backoff = Backoff()
+        self._record = Record(options.state, as_owner)
+        self._service = ServiceManager(options.notify_socket)
+        self._handed_over = False
 
     def _note_stop(self, number: int, _frame: object) -> None:
         self._stop_reason = f"{signal.Signals(number).name} received"
@@ -87,6 +80,9 @@ class Supervisor:
     def run(self) -> int:
         """Mount, serve until the end, and return the exit code.  Raises Refused at the start."""
         options = self._options
+        oom.adjust(os.getpid(), oom.SUPERVISOR_SCORE)
+        if options.replace:
+            return self._run_taken(handover.take(options.state, timeout_s=options.start_timeout_s))
         if mounts.clear_stale(options.mountpoint):
             log.warning("cleared a stale mount on %s", options.mountpoint)
         mounts.check_mountpoint(options.mountpoint)
@@ -95,11 +91,34 @@ class Supervisor:
         )
         try:
             self._answer_init()
-            return self._serve()
+            return self._serve(taken=None)
         finally:
             self._detach()
 
-    def _answer_init(self) -> None:
+    def _run_taken(self, taken: handover.Taken) -> int:
+        """Go on with the mount of another supervisor.  If that fails it is still the other's."""
+        self._device, facts = taken.device, taken.facts
+        self._handed_over = True  # until this process is the one that must unmount
+        try:
+            self._find_mount()
+            self._memory = SharedMemory.adopted(taken.memory)
+        except ValueError as exc:
+            raise mounts.Refused(
+                f"Cannot take {self._options.mountpoint} over: {exc}; unmount it and mount again."
+            ) from exc
+        self._init, self._resend = bytes.fromhex(facts.init), facts.resend
+        if self._options.keeps_lifetime:
+            self._lifetime = facts.lifetime
+        if self._service.address is None:
+            self._service = ServiceManager(facts.notify_socket)
+        self._sweep = leftovers.StaleSweep(self._device, self._connection)
+        log.info("taking over %s, connection %d", self._options.mountpoint, self._connection)
+        try:
+            return self._serve(taken=taken)
+        finally:
+            self._detach()
+
+    def _find_mount(self) -> None:
         mounted = mounts.mounted_at(self._options.mountpoint)
         if mounted is None or mounted.fs_type != mounts.FS_TYPE:
             raise mounts.Refused(
@@ -107,6 +126,9 @@ class Supervisor:
                 "/proc/self/mountinfo; is the path inside another mount namespace?"
             )
         self._mounted, self._connection = mounted, mounted.connection
+
+    def _answer_init(self) -> None:
+        self._find_mount()
         poll = select.poll()
         poll.register(self._device, select.POLLIN)
         if not poll.poll(INIT_TIMEOUT_S * 1000):
@@ -120,7 +142,7 @@ class Supervisor:
         self._resend = self._options.resend and init.can_resend
         self._memory = SharedMemory(can_resend=self._resend)
         self._sweep = leftovers.StaleSweep(self._device, self._connection)
-        mounts.raise_read_ahead(mounted.device, self._options.read_ahead_kib)
+        mounts.raise_read_ahead(self._mounted.device, self._options.read_ahead_kib)
         log.info(
             "mounted %s, connection %d, protocol 7.%d, %s",
             self._options.mountpoint,
@@ -131,28 +153,48 @@ class Supervisor:
 
     # ---- the daemon's life -------------------------------------------------------------
 
-    def _serve(self) -> int:
-        self._memory.begin_generation(None, first=True)
-        self._start()
+    def _serve(self, *, taken: handover.Taken | None) -> int:
+        if taken is None:
+            self._memory.begin_generation(None, first=True)
+        else:
+            self._put_queue_in_order()
+        self._start(kept_open=[taken.connection.fileno()] if taken else [])
         status = self._wait_ready()
         if status.ready is None:
             self._end_daemon(ask=False)
             raise mounts.Refused(status.error, status.exit_code)
-        self._write_record()
+        self._lifetime_fd = open_pidfd(self._lifetime)
+        self._watchdog = Watchdog(
+            lambda: mounts.ask(self._mounted),
+            answered=lambda: self._memory.answered,
+            connection=self._connection,
+            period_s=self._options.probe_period_s,
+            patience_s=self._options.probe_timeout_s,
+        )
+        self._record.write(self._facts())
+        self._offer = handover.Offer(self._options.state, self._as_owner)
+        if taken is not None:
+            taken.done()
+            self._handed_over = False
+        self._service.ready(f"{self._options.mountpoint} is mounted")
         self._tell_ready(Status(status.ready | self._facts()))
         try:
-            while True:
-                reason = self._wait_for_end()
-                if reason is not None:
-                    log.info("ending: %s", reason)
-                    return self._end()
-                if not self._bring_back():
-                    return self._give_up()
+            return self._go_on()
         except leftovers.Disconnected:
-            log.info("ending: the mount is gone")
-            return self._end()
+            return self._end("the mount is gone")
 
-    def _start(self) -> None:
+    def _go_on(self) -> int:
+        while True:
+            reason = self._wait_for_end()
+            if reason is not None and reason is not TAKE_OVER:
+                return self._end(reason)
+            if reason is TAKE_OVER and self._hand_over():
+                return 0
+            if not self._bring_back():
+                return self._give_up()
+            self._watchdog.begin()
+
+    def _start(self, kept_open: Sequence[int] = ()) -> None:
         self._answered_before = self._memory.answered
         try:
             self._daemon = Daemon(
@@ -162,9 +204,11 @@ class Supervisor:
                 init=self._init,
                 output=self._output,
                 credentials=self._options.credentials,
+                kept_open=kept_open,
             )
         except OSError as exc:
             raise mounts.Refused(f"The daemon cannot be started: {exc}.", EXIT_FAILED) from exc
+        oom.adjust(self._daemon.pid, oom.DAEMON_SCORE)
         log.info("daemon %d started", self._daemon.pid)
 
     def _wait_ready(self) -> Status:
@@ -203,7 +247,7 @@ class Supervisor:
         while True:
             if self._stop_reason:
                 return self._stop_reason
-            if self._lifetime_over():
+            if self._lifetime is not None and not self._lifetime.is_alive():
                 return "the process that the lifetime names has ended"
             if leftovers.is_disconnected(self._device):
                 return "unmounted from outside"
@@ -211,14 +255,85 @@ class Supervisor:
                 return None
             if self._sweep.pending:
                 self._sweep.advance()
-            watched = [self._device]
-            if self._lifetime_fd is not None:
-                watched.append(self._lifetime_fd)
-            self._wait_once(*watched, timeout_s=0 if self._sweep.pending else TICK_S)
+            elif self._watchdog.is_wedged():
+                self._end_wedged()
+            if log_file.is_full(self._output):
+                self._rotate_log()
+            # Not the device: each request that comes in would wake us, whatever we poll for.  The
+            # daemon ends with the connection, and that wakes us; the clock does if it is stuck.
+            watched = [] if self._lifetime_fd is None else [self._lifetime_fd]
+            watched.append(self._offer.fd)
+            ready = self._wait_once(*watched, timeout_s=0 if self._sweep.pending else TICK_S)
+            if self._offer.fd in ready and self._taker_came():
+                return TAKE_OVER
+
+    def _end_wedged(self) -> None:
+        """Kill a daemon that answers nobody.  Its end is noted as any other."""
+        log.error(
+            "daemon %d has answered nothing for %.0f s and is replaced",
+            self._daemon.pid,
+            self._options.probe_timeout_s,
+        )
+        self._watchdog.end()
+        self._daemon.send(signal.SIGUSR1)
+        self._daemon.wait(LAST_WORDS_S)
+        self._daemon.send(signal.SIGKILL)
+
+    # ---- handing the mount over ----------------------------------------------------------
+
+    def _taker_came(self) -> bool:
+        accepted = self._offer.accept()
+        if accepted is None:
+            return False
+        self._taker, self._taker_pid = accepted
+        return True
+
+    def _hand_over(self) -> bool:
+        """Let another supervisor go on.  False: it did not come to that; the daemon is gone."""
+        log.info("%s, process %d", TAKE_OVER, self._taker_pid)
+        self._watchdog.end()
+        if not self._resend:
+            self._daemon.send(signal.SIGTERM)
+            self._daemon.wait(FINISH_S)
+        self._daemon.send(signal.SIGKILL)
+        self._end_daemon(ask=False)
+        facts = handover.Facts(
+            init=self._init.hex(),
+            resend=self._resend,
+            lifetime=self._lifetime,
+            notify_socket=self._service.address,
+        )
+        with self._taker as connection:
+            try:
+                handover.hand(connection, device=self._device, memory=self._memory.fd, facts=facts)
+            except OSError as exc:
+                log.warning("it has gone away again: %s", exc)
+                return False
+            self._handed_over = self._wait_for_taker(connection)
+        if self._handed_over:
+            self._service.handed_over_to(self._taker_pid)
+            self._offer.end(remove=False)
+            log.info("handed over to supervisor %d", self._taker_pid)
+        else:
+            log.error("supervisor %d gave up; going on without it", self._taker_pid)
+            self._record.write(self._facts())
+            self._offer.renew()
+        return self._handed_over
+
+    def _wait_for_taker(self, connection: socket.socket) -> bool:
+        """Whether it goes on with the mount.  If not, it has ended, and so has its daemon."""
+        deadline = time.monotonic() + self._options.start_timeout_s + self._options.stop_timeout_s
+        while connection.fileno() not in self._wait_once(connection.fileno()):
+            if time.monotonic() > deadline:
+                log.error("supervisor %d does not get on and is killed", self._taker_pid)
+                os.kill(self._taker_pid, signal.SIGKILL)
+                deadline += self._options.stop_timeout_s
+        return handover.is_done(connection)
 
     def _bring_back(self) -> bool:
         """Reap the dead daemon, put the queue in order, start the next.  False: hopeless."""
         self._note_death()
+        self._service.status("bringing the daemon back")
         while self._failures < FAILURES_MAX:
             self._back_off()
             if self._is_stopping():
@@ -227,6 +342,7 @@ class Supervisor:
             self._start()
             status = self._wait_ready()
             if status.ready is not None:
+                self._service.status(f"{self._options.mountpoint} is mounted")
                 return True
             if self._is_stopping():
                 return True
@@ -246,17 +362,14 @@ class Supervisor:
             self._daemon.lived_s,
             answered,
         )
-        self._failures = 0 if answered else self._failures + 1
-        if self._daemon.lived_s >= GOOD_LIFE_S:
-            self._backoff_s = 0.0
+        self._failures = 0 if answered or self._watchdog.heard else self._failures + 1
+        self._backoff.note_life(self._daemon.lived_s)
         self._daemon.close()
 
     def _back_off(self) -> None:
-        deadline = time.monotonic() + self._backoff_s
+        deadline = time.monotonic() + self._backoff.next_pause_s(worked=not self._failures)
         while not self._stop_reason and (left := deadline - time.monotonic()) > 0:
             self._wait_once(timeout_s=left)
-        longest = BACKOFF_MAX_S if self._failures else BACKOFF_WORKING_MAX_S
-        self._backoff_s = min(max(self._backoff_s * 2, BACKOFF_FIRST_S), longest)
 
     def _put_queue_in_order(self) -> None:
         if self._resend:
@@ -271,22 +384,27 @@ class Supervisor:
 
     # ---- the end -----------------------------------------------------------------------
 
-    def _end(self) -> int:
+    def _end(self, reason: str) -> int:
         """Unmount while the daemon can still answer, then let it finish its work."""
+        log.info("ending: %s", reason)
+        self._service.stopping(reason)
+        self._watchdog.end()
         gone = leftovers.is_disconnected(self._device) or self._unmount(lazy=False)
         self._end_daemon(ask=not gone)
-        self._remove_record()
+        self._offer.end(remove=True)
+        self._record.remove()
         log.info("ended")
         return 0
 
     def _give_up(self) -> int:
-        log.critical(
-            "giving up on %s: %d daemons in a row died without answering a request; "
-            "unmounting, open files get ENOTCONN",
-            self._options.mountpoint,
-            self._failures,
+        sentence = (
+            f"Gave up on {self._options.mountpoint}: {self._failures} daemons in a row died "
+            f"without answering a request; see {self._options.state}."
         )
-        self._remove_record()
+        log.critical("giving up: %s Unmounting, open files get ENOTCONN.", sentence)
+        self._service.stopping(sentence)
+        self._offer.end(remove=True)
+        self._record.fail(sentence)
         return EXIT_FAILED
 
     def _end_daemon(self, *, ask: bool) -> None:
@@ -333,32 +451,33 @@ class Supervisor:
         return True
 
     def _detach(self) -> None:
-        """Take the mount away whoever uses it, and end the connection."""
-        if not leftovers.is_disconnected(self._device) or self._is_mounted():
+        """Take the mount away whoever uses it, and end the connection; not if it is another's."""
+        if self._handed_over:
+            os.close(self._device)
+            return
+        mounted = mounts.mounted_at(self._options.mountpoint)
+        is_ours = mounted is not None and mounted.connection == self._connection
+        if is_ours or not leftovers.is_disconnected(self._device):
             self._unmount(lazy=True)
         os.close(self._device)
 
-    def _is_mounted(self) -> bool:
-        mounted = mounts.mounted_at(self._options.mountpoint)
-        return mounted is not None and mounted.connection == self._connection
-
     # ---- waiting, and what others read ------------------------------------------------
 
-    def _wait_once(self, *watched: int, timeout_s: float = TICK_S) -> None:
-        """Until a signal, a word, an end, or the clock; the caller looks what it was."""
+    def _wait_once(self, *watched: int, timeout_s: float = TICK_S) -> set[int]:
+        """Until a signal, a word, an end, or the clock; the caller looks what it was.
+
+        Returns which of the watched have something to say.
+        """
+        self._service.alive()
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         for fd in watched:
-            # Requests in the device are the daemon's; only the end of the connection is ours.
-            poll.register(fd, 0 if fd == self._device else select.POLLIN)
+            poll.register(fd, select.POLLIN)
         ready = dict(poll.poll(timeout_s * 1000))
         if self._wake in ready:
             os.read(self._wake, 4096)
         reap_late()
-
-    def _lifetime_over(self) -> bool:
-        named = self._options.lifetime
-        return named is not None and not named.is_alive()
+        return set(ready)
 
     def _facts(self) -> dict[str, object]:
         return {
@@ -369,39 +488,13 @@ class Supervisor:
             "resend": self._resend,
         }
 
-    @property
-    def _record(self) -> Path:
-        return self._options.state / "supervisor.json"
-
-    def _write_record(self) -> None:
-        """STATE/supervisor.json: who holds this mount, for the commands that look for it."""
-        this = read_process(os.getpid())
-        record = self._facts() | {
-            "host": os.uname().nodename,
-            "pid": os.getpid(),
-            "start_time": this.start_time if this else 0,
-        }
-
-        def write() -> None:
-            partial = self._record.with_suffix(".partial")
-            partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            partial.replace(self._record)
-
-        self._as_owner(write)
-
-    def _remove_record(self) -> None:
-        self._as_owner(lambda: self._record.unlink(missing_ok=True))
+    def _rotate_log(self) -> None:
+        try:
+            self._as_owner(lambda: log_file.rotate(self._options.state, self._output))
+        except OSError as exc:
+            os.ftruncate(self._output, 0)
+            log.warning("what this log held before could not be kept: %s", exc.strerror)
 
 
 def _note_nothing(_number: int, _frame: object) -> None:
     """SIGCHLD only has to wake the loop."""
-
-
-def _open_pidfd(living: LivingProcess | None) -> int | None:
-    """Wakes the loop at the end of that process; without it the clock does, within a second."""
-    if living is None:
-        return None
-    try:
-        return os.pidfd_open(living.pid)
-    except OSError:
-        return None

@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from typing import Self
 
 from stagefs.supervisor.wire import Request
 
@@ -42,6 +43,21 @@ class SharedMemory:
         self.words[W_NEXT_OPERATION] = time.time_ns()
         self.words[W_CAN_RESEND] = can_resend
         self.words[W_MAGIC] = MAGIC
+
+    @classmethod
+    def adopted(cls, fd: int) -> Self:
+        """The memory of another supervisor's mount.  Raises ValueError when it is of another kind.
+
+        What it holds stays as it is: its daemons' notes are what the next daemon goes by.
+        """
+        this = cls.__new__(cls)
+        if os.fstat(fd).st_size != MEMORY_BYTES:
+            raise ValueError(f"its shared memory has {os.fstat(fd).st_size} bytes")
+        this.fd = fd
+        this.words = memoryview(mmap.mmap(fd, MEMORY_BYTES)).cast("Q")
+        if this.words[W_MAGIC] != MAGIC or this.words[W_VERSION] != LAYOUT_VERSION:
+            raise ValueError(f"its shared memory has layout {this.words[W_VERSION]}")
+        return this
 
     @property
     def answered(self) -> int:

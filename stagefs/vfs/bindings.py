@@ -155,7 +155,7 @@ class Bindings:
 
     async def _refresh(self, bound: Node, shared: Shared) -> None:
         try:
-            entries = await self._list(bound)
+            entries = await self._entries(bound)
             changed = self._namespace.merge_listing(
                 bound.inode,
                 entries,
@@ -184,6 +184,15 @@ class Bindings:
             error,
             trio.current_time() + self._read.failure_hold_s,
         )
+
+    async def _entries(self, bound: Node) -> list[ListedEntry]:
+        """What can be written to need not be there yet: the first upload makes it."""
+        try:
+            return await self._list(bound)
+        except ObjectMissing:
+            if not bound.writable:
+                raise
+            return []
 
     async def _list(self, bound: Node) -> list[ListedEntry]:
         assert bound.bind_url is not None

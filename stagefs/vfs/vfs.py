@@ -1,4 +1,4 @@
-"""Vfs: every operation on the mounted tree, on plain values.
+"""Vfs: finding names, and open files, on plain values.  What changes names is ``changes``.
 
 Concurrency: trio thread.  Only ``read`` may wait for a remote as long as its deadline allows;
 lookup, open, readdir and symlink wait at most ``answer_deadline_s``, because a task in them
@@ -6,43 +6,43 @@ cannot be killed.  Names live in the namespace only, so nothing here needs to su
 restart: a handle that an earlier daemon gave out encodes its inode and is opened again.
 
 Handles: ``serial << 40 | inode``; the serial tells handles of this daemon apart, so that each
-has its own read-ahead.
+has its own read-ahead.  It begins anywhere, so that two daemons of one mount rarely agree.
+
+``thread`` is who asks, for what is answered with ESTALE to learn the name (``copying``).
 """
 
 import os
 import stat
 import time
-from collections.abc import Callable
 
 import msgspec
 
 from stagefs.config import NamespaceSettings
 from stagefs.errors import (
-    Busy,
-    CrossesMounts,
     IsADirectory,
     NotADirectory,
     NotFound,
     NotPermitted,
-    ReadOnly,
     RepeatLookup,
     StageFSError,
 )
 from stagefs.model import ROOT_INODE, Handle, Inode
-from stagefs.namespace.node import IMMUTABLE_CHECKED_NS, Node, NodeKind
+from stagefs.namespace.node import IMMUTABLE_CHECKED_NS, ContentKind, Node, NodeKind
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import OpenObject
 from stagefs.objects.objects import Objects
 from stagefs.objects.staged import staged_from
-from stagefs.remote.url import SCHEMES
 from stagefs.remote.versions import is_version
-from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.bindings import Bindings
+from stagefs.vfs.copying import Copying
+from stagefs.vfs.recording import RecordedOpen, Recording
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME, VirtualFiles
+from stagefs.vfs.workspace import Caller, OpenLocal, Place, Workspace
 
 INODE_BITS = 40
 INODE_MASK = (1 << INODE_BITS) - 1
-_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
+SERIAL_MASK = 0x7FFFFF
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 
 # Names do not change behind the kernel's back, except what a remote says of a bound directory:
 # a new version is a new inode, and what the API changes is invalidated by name.
@@ -55,16 +55,21 @@ ABSENCE_TIMEOUT_S = 1.0
 # What a directory listing of the root shows after the namespace's own names.
 _VIRTUAL_COOKIE = 1 << 61
 
-_WORKSPACE = (
-    "writing file content inside the mount is not supported yet; write elsewhere and stage the "
-    "file in"
-)
+_FILE_TYPES = {
+    NodeKind.DIRECTORY: stat.S_IFDIR,
+    NodeKind.FILE: stat.S_IFREG,
+    NodeKind.SYMLINK: stat.S_IFLNK,
+    NodeKind.FIFO: stat.S_IFIFO,
+    NodeKind.SOCKET: stat.S_IFSOCK,
+    NodeKind.CHARACTER_DEVICE: stat.S_IFCHR,
+    NodeKind.BLOCK_DEVICE: stat.S_IFBLK,
+}
 
 
 class FileSystemSize(msgspec.Struct, frozen=True):
-    """For statfs: bytes and numbers of names."""
+    """For statfs: bytes of the disk that takes what tasks write, and the number of names."""
 
-    capacity_bytes: int
+    total_bytes: int
     free_bytes: int
     files: int
 
@@ -76,31 +81,31 @@ class Vfs:
         namespace: Namespace,
         objects: Objects,
         bindings: Bindings,
-        attributes: Attributes,
         virtual: VirtualFiles,
+        workspace: Workspace,
+        copying: Copying,
+        recording: Recording,
         settings: NamespaceSettings,
-        owner: tuple[int, int],
-        public: Callable[[str], str],
     ) -> None:
-        """``owner`` is the (uid, gid) that everything belongs to; ``public`` takes the secrets out
-        of a URL and remembers them elsewhere."""
-        self._public = public
-        self._owner = owner
         self._namespace = namespace
         self._objects = objects
         self._bindings = bindings
-        self._attributes = attributes
         self._virtual = virtual
         self._settings = settings
         self._revalidate_ns = int(settings.revalidate_s * 1e9)
-        self._serial = 0
-        self.open_objects: dict[int, OpenObject] = {}
+        self._workspace = workspace
+        self._copying = copying
+        self._recording = recording
+        self._pending = copying.pending
+        self._serial = time.time_ns() >> 10 & SERIAL_MASK
+        self.open_files: dict[int, OpenObject | OpenLocal | RecordedOpen] = {}
         self._open_texts: dict[int, bytes] = {}
 
     # Names
 
-    async def lookup(self, parent: Inode, name: str) -> Node:
-        """Raises NotFound, NotADirectory; what the remote says for a directory never listed."""
+    async def lookup(self, parent: Inode, name: str, thread: int) -> Node:
+        """Raises NotFound, NotADirectory; what the remote says for a directory never listed.
+        ReadOnly when the thread wants to write to what may not be written to."""
         if parent == ROOT_INODE and name == NAME:
             return self._virtual.directory
         if parent >= DIRECTORY_INODE:
@@ -108,9 +113,18 @@ class Vfs:
         directory = self._namespace.node(parent)
         if directory.lower or directory.bind_url is not None:
             await self._show_binding(directory, name)
-        node = self._namespace.lookup(parent, name)
+        node = self._namespace.find(parent, name)
+        if node is None:
+            # The kernel only wants to know that; the path of the directory would cost more SQL.
+            raise NotFound(f"There is no {name!r} in the directory with inode {parent}.")
+        wanted = self._pending and self._pending.wants_copy_up(thread, node.inode)
+        records = self._pending and self._pending.wants_record(thread, node.inode)
         if node.successor:
             node = self._namespace.rebind_name(parent, name, node.successor)
+        if wanted:
+            return self._copying.resolve(parent, name, node, thread)
+        if records:
+            self._recording.named(parent, name, node, thread)
         return node
 
     async def _show_binding(self, directory: Node, name: str | None) -> None:
@@ -122,9 +136,14 @@ class Vfs:
             await self._bindings.found(directory, bound, name)
 
     def node(self, inode: Inode) -> Node:
+        """As the namespace has it: see ``live`` for the size and times of local files."""
         if inode >= DIRECTORY_INODE:
             return self._virtual.node(inode)
         return self._namespace.node(inode)
+
+    def live(self, node: Node) -> tuple[Node, int]:
+        """A local file as it is now, and its 512-byte blocks on the disk."""
+        return self._workspace.local.live_and_blocks(node)
 
     async def opendir(self, inode: Inode) -> None:
         node = self.node(inode)
@@ -177,28 +196,66 @@ class Vfs:
 
     # Reading
 
-    async def open(self, inode: Inode, flags: int) -> Handle:
-        """A handle for reading.  Raises RepeatLookup when the name leads to a newer version."""
+    async def open(self, inode: Inode, flags: int, caller: Caller) -> Handle:
+        """Raises RepeatLookup when the name leads to a newer version, or is wanted because a shared
+        file is to be written to."""
+        granted, asked, refusal = None, False, None
+        if self._pending:
+            refusal = self._copying.refusal(inode, caller.thread)
+            granted = self._pending.granted(caller.thread, inode)
+            asked = self._pending.asked_name(caller.thread)
+            self._pending.drop(caller.thread)
         node = self.node(inode)
         if node.kind is NodeKind.DIRECTORY:
             raise IsADirectory(f"{self._path(inode)} is a directory.")
-        if flags & _WRITE_FLAGS:
-            raise ReadOnly(f"{self._path(inode)} cannot be opened for writing: {_WORKSPACE}.")
-        self._serial += 1
-        handle = Handle((self._serial & 0x7FFFFF) << INODE_BITS | inode)
+        handle = self._new_handle(inode)
         if inode >= DIRECTORY_INODE:
+            if flags & _WRITE_FLAGS:
+                raise NotPermitted(f"{NAME} cannot be changed.")
             self._open_texts[handle] = self._virtual.text(inode)
             return handle
+        if node.content is ContentKind.PRIVATE:
+            self.open_files[handle] = await self._workspace.open(
+                node,
+                handle,
+                writes=bool(flags & _WRITE_FLAGS),
+                empty=bool(flags & os.O_TRUNC),
+                caller=caller,
+            )
+            return handle
+        if flags & _WRITE_FLAGS:
+            raise refusal or self._copying.walk_again(node, caller.thread)
         if node.successor:
             raise RepeatLookup(f"{self._path(inode)} has a newer version.")
+        names_it = granted is None and not asked and self._recording.active
+        if names_it and self._pending.put_record(caller.thread, inode):
+            # The same walk finds a newer version.
+            await self._revalidate_old(node)
+            raise RepeatLookup(f"inode {inode}: its name is wanted for the record")
+        opened: OpenObject | OpenLocal
+        if node.content is ContentKind.PUBLISHED:
+            opened = self._workspace.opened(inode, handle, writes=False, caller=caller)
+        else:
+            await self._revalidate_old(node)
+            opened = self._objects.open(node)
+        self.open_files[handle] = self._recording.wrapped(handle, opened, node, granted)
+        return handle
+
+    def _new_handle(self, inode: Inode) -> Handle:
+        while True:
+            self._serial = self._serial + 1 & SERIAL_MASK
+            handle = Handle(self._serial << INODE_BITS | inode)
+            if handle not in self.open_files and handle not in self._workspace.writers:
+                return handle
+
+    async def _revalidate_old(self, node: Node) -> None:
         if (
             node.validator is not None
+            and node.content is ContentKind.OBJECT
             and time.time_ns() - node.checked_ns > self._revalidate_ns
             and node.checked_ns != IMMUTABLE_CHECKED_NS
         ):
             await self._revalidate(node)
-        self.open_objects[handle] = self._objects.open(node)
-        return handle
 
     async def _revalidate(self, node: Node) -> None:
         """Ask whether the remote still has this version.  One that does not answer changes
@@ -246,123 +303,77 @@ class Vfs:
             if text is None:
                 text = self._open_texts[handle] = self._virtual.text(inode)
             return text[offset : offset + size]
-        opened = self.open_objects.get(handle)
-        if opened is None:
-            opened = self.open_objects[handle] = self._objects.open(self._namespace.node(inode))
+        opened = self._opened(handle, inode)
+        if not isinstance(opened, RecordedOpen):
+            return await self._read(opened, inode, offset, size)
+        inner, tally = opened.inner, opened.tally
+        cached = isinstance(inner, OpenLocal) or self._objects.cached(inner, offset, size)
+        begun_ns = time.monotonic_ns()
+        data = await self._read(inner, inode, offset, size)
+        tally.served_bytes += len(data)
+        if not cached:
+            tally.fetched_bytes += len(data)
+            tally.blocked_ns += time.monotonic_ns() - begun_ns
+        return data
+
+    async def _read(
+        self, opened: OpenObject | OpenLocal, inode: Inode, offset: int, size: int
+    ) -> memoryview | bytes:
+        if isinstance(opened, OpenLocal):
+            return await self._workspace.read(inode, offset, size)
         return await self._objects.read(opened, offset, size)
 
+    def _opened(self, handle: Handle, inode: Inode) -> OpenObject | OpenLocal | RecordedOpen:
+        opened = self.open_files.get(handle)
+        if opened is None:
+            node = self._namespace.node(inode)
+            opened = self.open_files[handle] = (
+                self._objects.open(node)
+                if node.content is ContentKind.OBJECT
+                else self._workspace.again(inode)
+            )
+        return opened
+
     def release(self, handle: Handle) -> None:
-        opened = self.open_objects.pop(handle, None)
-        if opened is not None:
+        opened = self.open_files.pop(handle, None)
+        inode = Inode(handle & INODE_MASK)
+        if isinstance(opened, RecordedOpen):
+            self._recording.released(handle)
+            opened = opened.inner
+        if isinstance(opened, OpenObject):
             self._objects.release(opened)
-        else:
+        elif inode >= DIRECTORY_INODE:
             self._open_texts.pop(handle, None)
-
-    # Changing names
-
-    def make_directory(self, parent: Inode, name: str, mode: int, operation: int | None) -> Node:
-        self._refuse_virtual(parent, name)
-        return self._namespace.make_directory(parent, name, mode & 0o7777, operation=operation)
-
-    async def symlink(
-        self, parent: Inode, name: str, target: str, operation: int | None
-    ) -> Node | None:
-        """An ordinary symlink, or for a URL a virtual link; None says that it became the latter."""
-        self._refuse_virtual(parent, name)
-        scheme = _scheme(target)
-        if scheme == "staging":
-            path = target.removeprefix("staging://").strip("/")
-            node = self._namespace.resolve(f"staging/{path}" if path else "staging")
-            if node.kind is NodeKind.DIRECTORY:
-                self._namespace.link_directory(node.inode, parent, name, operation=operation)
-            else:
-                self._namespace.link(node.inode, parent, name, operation=operation)
-            return None
-        if scheme is None:
-            return self._namespace.make_symlink(parent, name, target, operation=operation)
-        answer = await self._objects.stat_soon(self._public(target))
-        staged = staged_from(answer, default_mode=self._settings.default_file_mode)
-        known = self._namespace.find_object(staged.url, staged.version)
-        if known is not None:
-            self._namespace.link(known.inode, parent, name, operation=operation)
         else:
-            self._namespace.register(parent, name, staged, operation=operation)
-        return None
+            self._workspace.release(handle, inode, known=opened is not None)
 
-    def link(self, inode: Inode, parent: Inode, name: str, operation: int | None) -> Node:
-        self._refuse_virtual(parent, name)
-        if inode >= DIRECTORY_INODE:
-            raise CrossesMounts(f"Files of {NAME} cannot be linked.")
-        return self._namespace.link(inode, parent, name, operation=operation)
+    def forgotten(self, inode: Inode) -> None:
+        self._workspace.forgotten(inode)
 
-    def rename(
-        self,
-        parent: Inode,
-        name: str,
-        new_parent: Inode,
-        new_name: str,
-        flags: int,
-        operation: int | None,
-    ) -> None:
-        self._refuse_virtual(parent, name)
-        self._refuse_virtual(new_parent, new_name)
-        self._refuse_fixed(parent, name)
-        self._refuse_fixed(new_parent, new_name)
-        self._namespace.rename(parent, name, new_parent, new_name, flags, operation=operation)
+    # Writing
 
-    def unlink(self, parent: Inode, name: str, operation: int | None) -> None:
-        self._refuse_virtual(parent, name)
-        self._namespace.remove(parent, name, operation=operation)
-
-    def rmdir(self, parent: Inode, name: str, operation: int | None) -> None:
-        self._refuse_virtual(parent, name)
-        self._refuse_fixed(parent, name)
-        self._namespace.remove_directory(parent, name, operation=operation)
-
-    def set_attributes(
-        self,
-        inode: Inode,
-        *,
-        mode: int | None,
-        mtime_ns: int | None,
-        owner: tuple[int | None, int | None],
-        size_bytes: int | None,
-    ) -> Node:
-        """Mode and mtime of directories.  Files are shared by all their links: those stay."""
-        if inode >= DIRECTORY_INODE:
-            raise NotPermitted(f"{NAME} cannot be changed.")
-        node = self._namespace.node(inode)
-        if node.kind is not NodeKind.DIRECTORY or size_bytes is not None:
-            raise ReadOnly(f"{self._path(inode)} cannot be changed: {_WORKSPACE}.")
-        if any(new is not None and new != now for new, now in zip(owner, self._owner, strict=True)):
-            raise NotPermitted(f"{self._path(inode)} belongs to the user who mounted.")
-        return self._namespace.set_attributes(
-            inode, mode=None if mode is None else mode & 0o7777, mtime_ns=mtime_ns
+    def open_new(
+        self, node: Node, place: Place, flags: int, caller: Caller, *, is_new: bool
+    ) -> Handle:
+        """A handle on a file that was made there; ``is_new``: just now, so nobody has seen it."""
+        handle = self._new_handle(node.inode)
+        self.open_files[handle] = self._workspace.opened(
+            node.inode, handle, writes=bool(flags & _WRITE_FLAGS), caller=caller
         )
+        self._workspace.made(node.inode, place, is_new=is_new)
+        return handle
 
-    def refuse_content(self, parent: Inode, name: str) -> ReadOnly:
-        return ReadOnly(f"{self._path(parent)}/{name} cannot be created: {_WORKSPACE}.")
+    async def write(self, handle: Handle, offset: int, data: bytes) -> int:
+        inode = Inode(handle & INODE_MASK)
+        opened = self._opened(handle, inode)
+        trusted = isinstance(opened, OpenLocal) and opened.trusted
+        return await self._workspace.write(inode, offset, data, trusted=trusted)
 
-    def applied(self, operation: int) -> Node | None:
-        """What an operation of an earlier daemon made or removed, if it took effect.
+    async def sync(self, handle: Handle, *, data_only: bool) -> None:
+        await self._workspace.sync(Inode(handle & INODE_MASK), data_only=data_only)
 
-        What was removed may be forgotten already; then any node says that it took effect.
-        """
-        inode = self._namespace.applied(operation)
-        if inode is None:
-            return None
-        try:
-            return self._namespace.node(inode)
-        except NotFound:
-            return self._namespace.node(ROOT_INODE)
-
-    def _refuse_virtual(self, parent: Inode, name: str) -> None:
-        if parent >= DIRECTORY_INODE or (parent == ROOT_INODE and name == NAME):
-            raise NotPermitted(f"{NAME} is made by StageFS and cannot be changed.")
-
-    def _refuse_fixed(self, parent: Inode, name: str) -> None:
-        if parent == ROOT_INODE and name in ("staging", "tasks"):
-            raise Busy(f"{name}/ is part of every mount and stays where it is.")
+    async def sync_names(self) -> None:
+        await self._workspace.sync_names()
 
     def _path(self, inode: Inode) -> str:
         try:
@@ -370,23 +381,7 @@ class Vfs:
         except NotFound:
             return f"inode {inode}"
 
-    # Extended attributes
-
-    def xattr_names(self, inode: Inode) -> list[str]:
-        return [] if inode >= DIRECTORY_INODE else self._attributes.names(self.node(inode))
-
-    def xattr(self, inode: Inode, name: str) -> bytes:
-        return self._attributes.get(self.node(inode), name)
-
 
 def file_type(node: Node) -> int:
     """The S_IF* bits."""
-    if node.kind is NodeKind.DIRECTORY:
-        return stat.S_IFDIR
-    return stat.S_IFLNK if node.kind is NodeKind.SYMLINK else stat.S_IFREG
-
-
-def _scheme(target: str) -> str | None:
-    """The scheme of a symlink's target when it is a URL that StageFS serves; else None."""
-    scheme, separator, _rest = target.partition("://")
-    return scheme.lower() if separator and scheme.lower() in SCHEMES else None
+    return _FILE_TYPES[node.kind]

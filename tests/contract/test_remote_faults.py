@@ -15,22 +15,28 @@ import trio
 from stagefs.errors import DeadlineExceeded, ObjectChanged, RemoteUnavailable
 from stagefs.model import MIB, Span, WholeObject
 from stagefs.remote.base import Remote
+from stagefs.remote.guard import GuardedRemote, MeasuredRemote
+from stagefs.remote.health import Health
 from stagefs.remote.limit import LimitedRemote
 from stagefs.remote.retry import RetryingRemote
 from stagefs.remote.settings import RemoteSettings
 from tests.contract.subjects import (
     BUCKET,
     SETTINGS,
+    AzSubject,
     HttpSubject,
     S3Subject,
     Subject,
+    WebDavSubject,
     new_place,
 )
 from tests.contract.test_remote_contract import Item, content, listed
+from tests.support.azurite import Azurite
 from tests.support.faultproxy import FaultProxy, fault_proxy
 from tests.support.nginx import Nginx
 from tests.support.rgw import Rgw
 from tests.support.sinks import FileSink
+from tests.support.webdav import WebDav
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,7 +64,9 @@ class Broken:
         return self.subject.remote
 
     def wrapped(self, settings: RemoteSettings = SHORT) -> Remote:
-        return RetryingRemote(LimitedRemote(self.bare, settings), settings)
+        health = Health(settings.concurrency * 2)
+        limited = LimitedRemote(MeasuredRemote(self.bare, health), settings)
+        return RetryingRemote(GuardedRemote(limited, health, settings), settings)
 
     def patient(self) -> Remote:
         """A driver that waits for ever."""
@@ -83,7 +91,23 @@ def s3_broken(rgw: Rgw) -> tuple[int, MakeSubject]:
     )
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture
+def webdav_broken(webdav: WebDav) -> tuple[int, MakeSubject]:
+    top = new_place()
+    return webdav.port, lambda proxy, settings: WebDavSubject(
+        webdav, top, port=proxy.port, settings=settings
+    )
+
+
+@pytest.fixture
+def az_broken(azurite: Azurite) -> tuple[int, MakeSubject]:
+    top = new_place()
+    return azurite.port, lambda proxy, settings: AzSubject(
+        azurite, BUCKET, top, port=proxy.port, settings=settings
+    )
+
+
+@pytest.fixture(params=["http", "s3", "webdav", "az"])
 async def broken(request: pytest.FixtureRequest) -> AsyncIterator[Broken]:
     port, make = request.getfixturevalue(f"{request.param}_broken")
     with fault_proxy(port) as proxy:

@@ -169,9 +169,10 @@ async def test_frozen_server(rgw: Rgw, tmp_path: Path) -> None:
     assert (await subject.remote.stat(url)).size_bytes == 1
 
 
-async def test_sloppy_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signed_urls", [True, False], ids=["signed urls", "no signed urls"])
+async def test_sloppy_server(tmp_path: Path, *, signed_urls: bool) -> None:
     data = content(2 * MIB)
-    with sloppy_s3() as server:
+    with sloppy_s3(signed_urls=signed_urls) as server:
         server.objects[f"/{BUCKET}/object"] = data
         remote = s3_remote(
             {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
@@ -188,3 +189,38 @@ async def test_sloppy_server(tmp_path: Path) -> None:
         with pytest.raises(ObjectChanged):
             await fetched(remote, url, whole, tmp_path / "s", validator=info.validator)
         assert len(server.requests) > 5
+
+
+async def test_an_endpoint_without_signed_urls_is_asked_for_one_once(tmp_path: Path) -> None:
+    data = content(2 * MIB)
+    with sloppy_s3(signed_urls=False) as server:
+        server.objects[f"/{BUCKET}/object"] = data
+        remote = s3_remote(
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+            s3=S3Settings(endpoint=server.endpoint),
+        )
+        url, whole = f"s3://{BUCKET}/object", Span(0, len(data))
+        for _ in range(2):
+            assert await fetched(remote, url, whole, tmp_path / "s", validator=None) == data
+        signed = [path for _method, path in server.requests if "X-Amz-Signature" in path]
+        assert len(signed) == 1, server.requests
+
+
+async def test_public_data_without_keys(tmp_path: Path) -> None:
+    data = content(2 * MIB)
+    with sloppy_s3() as server:
+        server.objects[f"/{BUCKET}/object"] = data
+        remote = s3_remote({}, s3=S3Settings(endpoint=server.endpoint, anonymous=True))
+        url, whole = f"s3://{BUCKET}/object", Span(0, len(data))
+        assert await fetched(remote, url, whole, tmp_path / "s", validator=None) == data
+        assert not [path for _method, path in server.requests if "?" in path]
+
+
+async def test_span_of_an_object_with_an_odd_name(subject: S3Subject, tmp_path: Path) -> None:
+    """The signature covers the name as it is spelled in the request."""
+    data = content(3 * MIB)
+    url = subject.put("a b/\N{LATIN SMALL LETTER U WITH DIAERESIS}+%41=(1).bin", data)
+    span = Span(MIB - 1, MIB + 2)
+    info = await subject.remote.stat(url)
+    got = await fetched(subject.remote, url, span, tmp_path / "s", validator=info.validator)
+    assert got == data[span.start : span.stop]

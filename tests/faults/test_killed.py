@@ -223,7 +223,12 @@ print("done")
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"begun\n"
     kills = 0
-    while kills < 12 and any(writer.poll() is None for writer in writers):
+
+    def hit() -> int:
+        log = (mount.state / "supervisor.log").read_text()
+        return sum(int(number) for number in re.findall(r"(\d+) requests were in flight", log))
+
+    while (kills < 12 or not hit()) and any(writer.poll() is None for writer in writers):
         mount.kill_daemon()
         kills += 1
         # It answers again: a daemon that dies before its first answer is another matter.
@@ -231,9 +236,7 @@ print("done")
     for writer in writers:
         output, errors = writer.communicate(timeout=120)
         assert output == b"done\n", errors.decode()
-    log = (mount.state / "supervisor.log").read_text()
-    hit = sum(int(number) for number in re.findall(r"(\d+) requests were in flight", log))
-    assert hit >= 1, f"{kills} kills hit no request"
+    assert hit() >= 1, f"{kills} kills hit no request"
     tops = [f"MNT/w{number}" for number in range(3)]
     assert mount.run("find", *tops, "-mindepth", "1").stdout == b""
 

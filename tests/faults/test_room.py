@@ -11,7 +11,7 @@ import pytest
 from tests.support.cache_files import disk_bytes
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted, sha256
-from tests.support.served import HttpServed, Served, content
+from tests.support.served import Served, content
 
 MakeMount = Callable[..., Mounted]
 MIB = 1 << 20
@@ -103,16 +103,20 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a
 
 @needs_root
 def test_cache_disk_is_full(
-    identity: Identity, web: HttpServed, new_mount: MakeMount, small_disk: Path
+    identity: Identity, served: Served, new_mount: MakeMount, small_disk: Path
 ) -> None:
     """All but a little of it is taken by others; what is read does not fit by far."""
     (small_disk / "others").write_bytes(bytes(61 * MIB))
     large, small = content(96 * MIB), [content(3000, str(number)) for number in range(200)]
-    mount = new_mount(identity, "--cache", str(small_disk / "cache"), "--capacity", "1GiB")
-    mount.stage_in(web.put("large", large), "large")
+    mount = new_mount(
+        identity,
+        *("--cache", str(small_disk / "cache"), "--capacity", "1GiB"),
+        environment=served.environment(identity),
+    )
+    mount.stage_in(served.put("large", large), "large")
     for number, piece in enumerate(small):
-        web.put(f"small/f{number}", piece)
-    mount.stagefs("bind", web.url("small/"), "staging:///small")
+        served.put(f"small/f{number}", piece)
+    mount.stagefs("bind", served.url("small/"), "staging:///small")
     for _ in range(2):
         assert mount.sha256("staging/large") == sha256(large)
     names = [f"f{number}" for number in range(200)]
@@ -131,14 +135,18 @@ def fill(path: Path) -> None:
 
 @needs_root
 def test_cache_disk_fills_up_while_it_is_read(
-    identity: Identity, web: HttpServed, new_mount: MakeMount, small_disk: Path
+    identity: Identity, served: Served, new_mount: MakeMount, small_disk: Path
 ) -> None:
     data = content(160 * MIB)
-    mount = new_mount(identity, "--cache", str(small_disk / "cache"), "--capacity", "1GiB")
-    mount.stage_in(web.put("large", data), "large")
+    mount = new_mount(
+        identity,
+        *("--cache", str(small_disk / "cache"), "--capacity", "1GiB"),
+        environment=served.environment(identity),
+    )
+    mount.stage_in(served.put("large", data), "large")
     mount.run("head", "-c", str(8 * MIB), "MNT/staging/large")
     fill(small_disk / "others")
     assert mount.sha256("staging/large") == sha256(data)
     (small_disk / "others").unlink()
-    mount.stage_in(web.put("later", b"later"), "later")
+    mount.stage_in(served.put("later", b"later"), "later")
     assert mount.read("staging/later") == b"later"

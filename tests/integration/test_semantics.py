@@ -21,6 +21,9 @@ def test_examples_are_true(
     web.put("genomes/human.fa", b">human\nTTTT\n")
     web.put("genomes/mouse.fa", b">mouse\nACGT\n")
     web.put("genomes/yeast.fa", b">yeast\nGGGG\n")
+    web.put("reads.txt", b"ACGTACGTACG\n")
+    web.put("mirror/reads.txt", b"ACGTACGTACG\n")
+    web.put("mirror/wrong.txt", b"ACGTACGTACC\n")
     real_server = web.url("").rstrip("/")
     mount = new_mount(identity, "--capacity", "64MiB")
 

@@ -1,9 +1,9 @@
 """A TCP proxy that breaks connections on demand, and says whether it did.
 
-Faults act on what the server sends: each is armed for a number of connections and strikes
-when a connection has passed so many bytes since then.  ``hits`` counts the strikes; a test
-asserts that its fault hit.  Controlled from any thread while connections run; two threads per
-connection, all ended by ``stop``.
+Faults act on what the server sends, or with ``upwards`` on what it is sent: each is armed for a
+number of connections and strikes when a connection has passed so many bytes since then.
+``hits`` counts the strikes; a test asserts that its fault hit.  Controlled from any thread
+while connections run; two threads per connection, all ended by ``stop``.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ class _Fault:
     kind: Kind
     after_bytes: int
     times: int
+    upwards: bool
 
 
 class _Link:
@@ -30,7 +31,8 @@ class _Link:
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client, self.server = client, server
-        self.passed_bytes = 0
+        self.passed_bytes = {True: 0, False: 0}
+        """By whether they went upwards."""
 
     def close(self) -> None:
         for end in (self.client, self.server):
@@ -78,21 +80,21 @@ class FaultProxy:
 
     # What shall happen.
 
-    def cut(self, *, after_bytes: int, times: int = 1) -> None:
+    def cut(self, *, after_bytes: int, times: int = 1, upwards: bool = False) -> None:
         """Close the connection in good order, as a server does that was told to restart."""
-        self._arm("cut", after_bytes, times)
+        self._arm("cut", after_bytes, times, upwards)
 
-    def reset(self, *, after_bytes: int, times: int = 1) -> None:
+    def reset(self, *, after_bytes: int, times: int = 1, upwards: bool = False) -> None:
         """RST, as from a machine that lost its memory."""
-        self._arm("reset", after_bytes, times)
+        self._arm("reset", after_bytes, times, upwards)
 
-    def stall(self, *, after_bytes: int, times: int = 1) -> None:
+    def stall(self, *, after_bytes: int, times: int = 1, upwards: bool = False) -> None:
         """Keep the connection open and send nothing more until ``release``."""
-        self._arm("stall", after_bytes, times)
+        self._arm("stall", after_bytes, times, upwards)
 
-    def flip(self, *, after_bytes: int, times: int = 1) -> None:
+    def flip(self, *, after_bytes: int, times: int = 1, upwards: bool = False) -> None:
         """Turn one bit over."""
-        self._arm("flip", after_bytes, times)
+        self._arm("flip", after_bytes, times, upwards)
 
     def release(self) -> None:
         """Let stalled connections go on, and disarm."""
@@ -119,13 +121,13 @@ class FaultProxy:
             thread.join(10)
             assert not thread.is_alive(), "a thread of the proxy did not end"
 
-    def _arm(self, kind: Kind, after_bytes: int, times: int) -> None:
+    def _arm(self, kind: Kind, after_bytes: int, times: int, upwards: bool) -> None:
         with self._lock:
-            self._fault = _Fault(kind, after_bytes, times)
+            self._fault = _Fault(kind, after_bytes, times, upwards)
             self._released = threading.Event()
             self._struck.clear()
             for link in self._links:
-                link.passed_bytes = 0
+                link.passed_bytes = {True: 0, False: 0}
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket()
@@ -162,36 +164,38 @@ class FaultProxy:
     def _pump_up(self, link: _Link) -> None:
         with contextlib.suppress(OSError):
             while data := link.client.recv(BUFFER_BYTES):
-                link.server.sendall(data)
+                if not self._pass(link, data, upwards=True):
+                    link.close()
+                    return
             link.server.shutdown(socket.SHUT_WR)
 
     def _pump_down(self, link: _Link) -> None:
         with contextlib.suppress(OSError):
             while data := link.server.recv(BUFFER_BYTES):
-                if not self._pass(link, data):
+                if not self._pass(link, data, upwards=False):
                     break
         link.close()
         with self._lock:
             self._links.discard(link)
 
-    def _pass(self, link: _Link, data: bytes) -> bool:
+    def _pass(self, link: _Link, data: bytes, *, upwards: bool) -> bool:
         """Send one piece on, faults applied; False when the connection ends here."""
         with self._lock:
-            kind, place = self._strike(link, len(data))
-            link.passed_bytes += len(data)
+            kind, place = self._strike(link, len(data), upwards)
+            link.passed_bytes[upwards] += len(data)
             released = self._released
         if kind is None:
-            self._send(link, data)
+            self._send(link, data, upwards)
             return True
         if kind == "flip":
-            self._send(link, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            self._send(link, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], upwards)
             self._struck.set()
             return True
-        self._send(link, data[:place])
+        self._send(link, data[:place], upwards)
         self._struck.set()
         if kind == "stall":
             released.wait()
-            self._send(link, data[place:])
+            self._send(link, data[place:], upwards)
             return not self._stopped
         if kind == "reset":
             linger = struct.pack("ii", 1, 0)
@@ -199,19 +203,22 @@ class FaultProxy:
             link.client.close()
         return False
 
-    def _strike(self, link: _Link, size_bytes: int) -> tuple[Kind | None, int]:
+    def _strike(self, link: _Link, size_bytes: int, upwards: bool) -> tuple[Kind | None, int]:
         """Whether the armed fault strikes within the next piece, and where.  Under the lock."""
         fault = self._fault
-        if fault is None or not fault.times:
+        if fault is None or not fault.times or fault.upwards is not upwards:
             return None, 0
-        place = fault.after_bytes - link.passed_bytes
+        place = fault.after_bytes - link.passed_bytes[upwards]
         if not 0 <= place < size_bytes:
             return None, 0
         fault.times -= 1
         self._hits += 1
         return fault.kind, place
 
-    def _send(self, link: _Link, data: bytes) -> None:
+    def _send(self, link: _Link, data: bytes, upwards: bool) -> None:
+        if upwards:
+            link.server.sendall(data)
+            return
         link.client.sendall(data)
         with self._lock:
             self._bytes_down += len(data)

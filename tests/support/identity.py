@@ -59,11 +59,13 @@ class Identity:
         *command: str | Path,
         directory: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        talks: bool = False,
     ) -> subprocess.Popen[bytes]:
+        """``talks``: its standard input is a pipe of the caller's."""
         return subprocess.Popen(
             self.words(command, directory),
             env=self.environment(environment),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,

@@ -49,14 +49,23 @@ class Mounted:
 
     def mount_without_resend(self) -> None:
         """As on a kernel before 6.9: the supervisor of `stagefs mount` with one more option."""
+        self.mount_otherwise(resend=False)
+
+    def mount_otherwise(self, *, resend: bool = True, daemon: Path | None = None) -> None:
+        """The supervisor of `stagefs mount`, without RESEND or with a program in place of the
+        daemon, which takes the daemon's arguments."""
         self.mount()
         top = next(p for p in self.programs() if p.pid == self.supervisor())
         self.umount()
         reader, writer = os.pipe()
         words = top.command.copy()
         words[words.index("--ready-fd") + 1] = str(writer)
-        words.insert(words.index("--"), "--no-resend")
-        log = self.state / "no-resend.log"
+        if not resend:
+            words.insert(words.index("--"), "--no-resend")
+        if daemon is not None:
+            at = words.index("stagefs.daemon")
+            words[at - 1 : at + 1] = [str(daemon)]
+        log = self.state / "otherwise.log"
         with os.fdopen(reader, "rb") as said, log.open("wb") as output:
             self.child = subprocess.Popen(
                 self.identity.words(words),
@@ -107,11 +116,14 @@ class Mounted:
             deadline_s=deadline_s,
         )
 
-    def start(self, *command: str | Path, directory: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, *command: str | Path, directory: Path | None = None, talks: bool = False
+    ) -> subprocess.Popen[bytes]:
         return self.identity.start(
             *self._placed(command),
             directory=directory,
             environment={**self.environment, "STAGEFS_MOUNT": str(self.point)},
+            talks=talks,
         )
 
     def python(self, code: str, *arguments: str | Path, deadline_s: float = 90.0) -> bytes:

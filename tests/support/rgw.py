@@ -9,7 +9,9 @@ import datetime
 import hashlib
 import hmac
 import http.client
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,6 +176,39 @@ class Rgw:
         status, body = self._signed("PUT", f"/{bucket}/{encoded_key}", data)
         assert status == 200, body
 
+    def limit_bucket(self, name: str, max_bytes: int) -> None:
+        """From now on the bucket is full when it holds so much."""
+        scope = ("--quota-scope=bucket", f"--bucket={name}")
+        for command in (("set", f"--max-size={max_bytes}"), ("enable",)):
+            self._run("radosgw-admin", "-n", "client.rgw", "quota", *command, *scope)
+
+    def deny_writes(self, bucket: str) -> None:
+        """Nobody may write objects from now on, the owner neither."""
+        statement = {
+            "Effect": "Deny",
+            "Principal": "*",
+            "Action": ["s3:PutObject", "s3:DeleteObject"],
+            "Resource": [f"arn:aws:s3:::{bucket}/*"],
+        }
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]}).encode()
+        status, body = self._signed("PUT", f"/{bucket}", policy, query="policy=")
+        assert status in (200, 204), body
+
+    def allow_writes(self, bucket: str) -> None:
+        status, body = self._signed("DELETE", f"/{bucket}", query="policy=")
+        assert status in (200, 204), body
+
+    def begin_upload(self, bucket: str, key: str) -> None:
+        """A multipart upload that nobody goes on with."""
+        status, body = self._signed("POST", f"/{bucket}/{key}", query="uploads=")
+        assert status == 200, body
+
+    def unfinished_uploads(self, bucket: str) -> list[str]:
+        """The keys of all uploads that were neither completed nor aborted."""
+        status, body = self._signed("GET", f"/{bucket}", query="uploads=")
+        assert status == 200, body
+        return re.findall(r"<Key>([^<]*)</Key>", body.decode())
+
     def _make_monitor(self) -> None:
         top = self.top
         (top / "keyring").touch()
@@ -240,7 +275,9 @@ class Rgw:
         finally:
             client.close()
 
-    def _signed(self, method: str, path: str, data: bytes = b"") -> tuple[int, bytes]:
+    def _signed(
+        self, method: str, path: str, data: bytes = b"", *, query: str = ""
+    ) -> tuple[int, bytes]:
         """A request with an AWS signature, version 4."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         digest = hashlib.sha256(data).hexdigest()
@@ -251,7 +288,7 @@ class Rgw:
         }
         names = ";".join(headers)
         lines = "".join(f"{name}:{value}\n" for name, value in headers.items())
-        canonical = f"{method}\n{path}\n\n{lines}\n{names}\n{digest}"
+        canonical = f"{method}\n{path}\n{query}\n{lines}\n{names}\n{digest}"
         scope = f"{now[:8]}/{REGION}/s3/aws4_request"
         hashed = hashlib.sha256(canonical.encode()).hexdigest()
         key = b"AWS4" + SECRET_ACCESS_KEY.encode()
@@ -263,7 +300,7 @@ class Rgw:
             f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY_ID}/{scope}, "
             f"SignedHeaders={names}, Signature={signature}"
         )
-        return self._request(method, path, headers, data)
+        return self._request(method, f"{path}?{query}" if query else path, headers, data)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,14 @@ class Served(Protocol):
         """Every file below ``directory`` becomes an object below ``prefix``."""
         ...
 
+    def get(self, name: str) -> bytes:
+        """What the server has.  Raises FileNotFoundError."""
+        ...
+
+    def names(self) -> list[str]:
+        """Of every object, and of whatever else lies there."""
+        ...
+
     def remove(self, name: str) -> None: ...
 
     def url(self, name: str) -> str: ...
@@ -127,6 +135,15 @@ class ServedFiles(abc.ABC):
         os.utime(fresh, (published_s, published_s))
         fresh.rename(path)
         return self.url(name)
+
+    def get(self, name: str) -> bytes:
+        """What the server has.  Raises FileNotFoundError."""
+        return (self.objects / name).read_bytes()
+
+    def names(self) -> list[str]:
+        """Of every object, and of whatever else lies there."""
+        found = (path for path in self.objects.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.objects)) for path in found)
 
     def remove(self, name: str) -> None:
         (self.objects / name).unlink()
@@ -262,6 +279,7 @@ class S3Served:
     def __init__(self, top: Path, shared: SharedGateway) -> None:
         self._shared = shared
         gateway, self._bucket = shared.fresh_bucket()
+        self._gateway = gateway
         self._gateway_environment = gateway.environment
         self._store = gateway.bucket(self._bucket)
         self._top = top
@@ -290,6 +308,10 @@ class S3Served:
         obstore.put(self._store, name, data)
         return self.url(name)
 
+    def put_raw(self, encoded_key: str, data: bytes) -> None:
+        """Under a key that clients would clean up.  Raises AssertionError if it is refused."""
+        self._gateway.put_raw(self._bucket, encoded_key, data)
+
     def put_large(self, name: str, tail: bytes) -> tuple[str, int]:
         return self.put(name, bytes(LARGE_OBJECT_BYTES - len(tail)) + tail), LARGE_OBJECT_BYTES
 
@@ -297,6 +319,12 @@ class S3Served:
         for path in sorted(directory.rglob("*")):
             if path.is_file():
                 self.put(f"{prefix}/{path.relative_to(directory)}", path.read_bytes())
+
+    def get(self, name: str) -> bytes:
+        return bytes(obstore.get(self._store, name).bytes())
+
+    def names(self) -> list[str]:
+        return sorted(entry["path"] for page in obstore.list(self._store) for entry in page)
 
     def remove(self, name: str) -> None:
         obstore.delete(self._store, name)
@@ -309,9 +337,12 @@ class S3Served:
         return [line.split(" ") for line in lines]
 
     def bytes_sent(self) -> int:
-        """Listings (which have a query) left out."""
+        """Listings, which ask the bucket itself, left out.  An object's URL may have a query: its
+        signature."""
         return sum(
-            int(sent) for method, uri, sent in self._log() if method == "GET" and "?" not in uri
+            int(sent)
+            for method, uri, sent in self._log()
+            if method == "GET" and uri.partition("?")[0].strip("/") != self._bucket
         )
 
     def requests_for(self, name: str) -> int:

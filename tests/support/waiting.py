@@ -5,8 +5,15 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(holds: Callable[[], bool], what: str, *, deadline_s: float = 20.0) -> None:
+def wait_until(
+    holds: Callable[[], bool],
+    what: str,
+    *,
+    deadline_s: float = 20.0,
+    told: Callable[[], object] = lambda: "",
+) -> None:
+    """``told``: how things stand, for whoever reads why it failed."""
     pause, end = threading.Event(), time.monotonic() + deadline_s
     while not holds():
-        assert time.monotonic() < end, f"{what}: not within {deadline_s:.0f} s"
+        assert time.monotonic() < end, f"{what}: not within {deadline_s:.0f} s {told()}"
         pause.wait(0.01)

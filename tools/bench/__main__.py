@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import million, sequential, small, warm
+from bench import linking, million, sequential, small, warm, writing
 from bench.measuring import MeasureFailed, Unavailable
 from bench.points import Lab, Measured, Point
 from bench.report import CHECKOUT, CLAIM_ROUNDS_MIN, as_json, table
@@ -25,12 +25,29 @@ POINTS = (
     Point("a4-fetch", "warm reads during another file's cold fetch", warm.during_fetch),
     Point("a5", "thousands of small files over ssh", small.small_files),
     Point("a6", "a catalog of a million entries", million.million),
+    Point("b6-big", "a big file written with fsync, and read back", writing.big_file),
+    Point("b6-small", "writes of 4 KiB", writing.small_writes),
+    Point("b6-untar", "a source tree unpacked", writing.source_tree),
+    Point("b6-readers", "warm reads while another task writes and syncs", writing.readers),
+    Point("b6-links", "a million virtual links from one template", linking.links),
 )
 FULL = Amounts(
-    size_bytes=GIB, rounds=5, small_files=5000, small_bytes=4096, catalog_entries=1_000_000
+    size_bytes=GIB,
+    rounds=5,
+    small_files=5000,
+    small_bytes=4096,
+    catalog_entries=1_000_000,
+    sandboxes=1000,
+    links=1000,
 )
 QUICK = Amounts(
-    size_bytes=32 * MIB, rounds=1, small_files=200, small_bytes=4096, catalog_entries=20_000
+    size_bytes=32 * MIB,
+    rounds=1,
+    small_files=200,
+    small_bytes=4096,
+    catalog_entries=20_000,
+    sandboxes=50,
+    links=20,
 )
 
 
@@ -67,7 +84,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=_points, default=list(POINTS), metavar="POINT,...")
     parser.add_argument("--size", type=_size, metavar="SIZE", help="of the big file (1GiB)")
     parser.add_argument("--pairs", type=int, metavar="N", help="rounds of each comparison (5)")
-    parser.add_argument("--files", type=int, metavar="N", help="small files (5000)")
+    parser.add_argument(
+        "--files", type=int, metavar="N", help="small files, of a5 and of the source tree (5000)"
+    )
     parser.add_argument("--entries", type=int, metavar="N", help="of the catalog (1000000)")
     parser.add_argument("--quick", action="store_true", help="tiny amounts, no verdicts")
     parser.add_argument("--user", action="store_true", help="as root: measure as nobody")

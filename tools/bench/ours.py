@@ -77,6 +77,10 @@ class StageFS:
         """What the last ``begin_fetch`` complained of."""
         return (self.top / "fetch.log").read_text(errors="replace")[-300:].strip()
 
+    def create_sandboxes(self, name: str, template: Path, count: int) -> float:
+        words = ("sandbox", "create", name, "--template", template, "--count", str(count))
+        return self._command(*words)[0]
+
     def keep_only(self, name: str) -> None:
         """Pin this name, and drop all else from the cache."""
         self._tend("pin", f"staging:///{name}")

@@ -11,7 +11,7 @@ set -euo pipefail
 needed=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-venv python3-dev)
 # Real servers and programs of the tests and the demo.
 tests=(openssh-server openssh-client nginx-light radosgw ceph-mon ceph-osd ceph-common
-       sqlite3 attr hdf5-tools samtools tar util-linux)
+       sqlite3 attr hdf5-tools samtools tar util-linux git make rsync)
 # What the bench compares with.
 bench=(sshfs bindfs s3fs rclone)
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -97,7 +97,8 @@ if ! command -v dpkg-query >/dev/null; then
   exit 0
 fi
 
-mapfile -t absent < <(missing_of "${needed[@]}" "${tests[@]}" "${bench[@]}")
+# Arguments are further packages (`make test-systems` needs batch systems).
+mapfile -t absent < <(missing_of "${needed[@]}" "${tests[@]}" "${bench[@]}" "$@")
 mapfile -t absent_needed < <(missing_of "${needed[@]}")
 
 if [ "${#absent[@]}" -gt 0 ]; then

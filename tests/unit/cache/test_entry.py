@@ -196,6 +196,22 @@ def test_nothing_stays_of_an_entry_that_was_never_committed(tmp_path: Path) -> N
         assert not list((tmp_path / "c" / "incoming").iterdir())
 
 
+def test_what_was_reserved_and_did_not_come_is_given_back(tmp_path: Path) -> None:
+    with opened(tmp_path / "c") as cache:
+        entry = begin(cache, "a", SIZE)
+        cache.hold(entry)
+        entry.reserve(0, 5)
+        assert os.fstat(entry.fd).st_blocks * 512 >= SIZE, "nothing was reserved"
+        fetch(entry, "a", range(1, 3))
+        entry.give_back([0, 1, 3, 4])
+        assert os.fstat(entry.fd).st_blocks * 512 < 3 * CHUNK
+        assert entry.state == bytearray([ABSENT, VERIFIED, VERIFIED, ABSENT, ABSENT])
+        assert read(entry)[CHUNK : 3 * CHUNK] == content("a", SIZE)[CHUNK : 3 * CHUNK]
+        fetch(entry, "a")
+        assert read(entry) == content("a", SIZE)
+        cache.drop(entry)
+
+
 def test_commit_data_writes_and_takes_in(tmp_path: Path) -> None:
     data = content("a", SIZE)
     with opened(tmp_path / "c") as cache:

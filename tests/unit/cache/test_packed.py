@@ -19,6 +19,7 @@ from tests.unit.cache.filling import (
     opened,
     read,
     small,
+    store,
 )
 
 
@@ -162,3 +163,15 @@ def test_the_newer_of_two_records_counts(tmp_path: Path) -> None:
         cache.rebuild_index()
         assert found(cache, "a", 4).validator == "etag:new"
         assert cache.usage().entries == 1
+
+
+def test_what_is_absent_of_many_is_known_at_once(tmp_path: Path) -> None:
+    """Packed, in a file of its own, open or not: whatever is there is not called absent."""
+    names = [f"o{number}" for number in range(1300)]
+    with opened(tmp_path / "c") as cache:
+        cache.store_small([small(name, 100) for name in names[:600]])
+        store(cache, "own", 1000)
+        keys = {object_id(name).key: name for name in (*names, "own")}
+        assert {keys[key] for key in cache.absent(list(keys))} == set(names[600:])
+    with opened(tmp_path / "c") as cache:
+        assert {keys[key] for key in cache.absent(list(keys))} == set(names[600:])

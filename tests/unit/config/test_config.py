@@ -240,7 +240,7 @@ def test_packaged_file_shows_every_setting_with_its_default() -> None:
 
     def collect(table: dict[str, object], prefix: str) -> None:
         for name, value in table.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and f"{prefix}{name}" not in KEYS:
                 collect(value, f"{prefix}{name}.")
             else:
                 shown.append(
@@ -273,3 +273,13 @@ def test_documentation_names_every_setting_with_its_default_and_variable() -> No
             "STAGEFS_LOG_LEVEL",
         }
         assert name in known, f"docs/CONFIGURATION.md names {name}, which means nothing"
+
+
+def test_the_path_map_is_one_setting_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    written = load(tmp_path, site='[path_map]\n"submit:/home" = "ssh://submit/home"\n')
+    expected = {"submit:/home": "ssh://submit/home"}
+    assert written.settings.path_map == expected
+    (text,) = [value.text for value in written.values if value.key == "path_map"]
+    assert settings_from([f"path_map={text}"]).path_map == expected
+    with pytest.raises(InvalidConfig, match="path_map"):
+        load(tmp_path, site='path_map = { "submit:/home" = 7 }\n')

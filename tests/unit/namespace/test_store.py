@@ -346,3 +346,28 @@ def test_attributes(namespace: Namespace) -> None:
     assert changed.ctime_ns >= node.ctime_ns
     link = namespace.make_symlink(TASKS_INODE, "s", "../x\udcff")
     assert (link.target, link.size_bytes) == ("../x\udcff", 5)
+
+
+def test_what_another_process_changes_between_two_changes_is_seen(
+    namespace: Namespace, database: Path
+) -> None:
+    """Sequence numbers, counts of links and times are remembered only as long as they are right."""
+    top = namespace.make_directory(TASKS_INODE, "top").inode
+    file = namespace.register(top, "f", staged())
+    other = Namespace.open(database)
+    for number in range(3):
+        namespace.make_directory(top, f"mine{number}", operation=2 * number + 1)
+        other.make_directory(top, f"others{number}", operation=2 * number + 2)
+        other.rename(top, "f", top, "g")
+        other.link(file.inode, TASKS_INODE, f"link{number}")
+        assert namespace.rename(top, "g", top, "f").nlink == 2 + number
+        node = namespace.make_symlink(top, f"symlink{number}", "x")
+        directory = namespace.node(top)
+        assert directory.nlink == 2 + 2 * (number + 1)
+        assert directory.mtime_ns == directory.ctime_ns == node.ctime_ns
+    other.refresh()
+    assert other.node(top) == directory
+    other.link_directory(top, STAGING_INODE, "shown")
+    namespace.make_directory(top, "last")
+    assert "last" in listing(namespace, namespace.resolve("staging/shown").inode)
+    other.close()

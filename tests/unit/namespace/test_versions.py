@@ -114,3 +114,21 @@ def test_an_object_is_found_again(namespace: Namespace) -> None:
     assert namespace.find_object("https://host/data/g", "v1") is None
     namespace.remove(STAGING_INODE, "f")
     assert namespace.find_object("https://host/data/f", "v1") is None
+
+
+def test_first_contact_with_many_is_seen_at_once_and_kept(namespace: Namespace) -> None:
+    for name in ("a", "b", "gone"):
+        namespace.register(STAGING_INODE, name, staged(name))
+    ahead = [node for _cookie, _name, node in namespace.upcoming(STAGING_INODE, 0, 10)]
+    namespace.remove(STAGING_INODE, "gone")
+    namespace.drop_unlinked()
+    namespace.set_validators([(node.inode, f"etag:{node.inode}") for node in ahead], checked_ns=7)
+    for node in ahead[:2]:
+        now = namespace.node(node.inode)
+        assert (now.validator, now.checked_ns) == (f"etag:{node.inode}", 7)
+    with pytest.raises(NotFound):
+        namespace.node(ahead[2].inode)
+    namespace.refresh()
+    assert [namespace.node(node.inode).validator for node in ahead[:2]] == [
+        f"etag:{node.inode}" for node in ahead[:2]
+    ]

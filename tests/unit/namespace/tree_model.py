@@ -18,10 +18,29 @@ class Refused(Exception):
     """The system call fails, and nothing changes."""
 
 
+Kind = Literal["object", "private", "published", "symlink", "fifo"]
+
+
 class File:
-    def __init__(self, label: str, *, is_symlink: bool = False) -> None:
+    """Anything that is no directory.  ``base``: the local file that a copy was made of; a copy of
+    an object has that one's label.  ``inode`` is what the namespace calls it."""
+
+    def __init__(self, label: str, kind: Kind = "object", *, base: File | None = None) -> None:
         self.label = label
-        self.is_symlink = is_symlink
+        self.kind = kind
+        self.base = base
+        self.inode = 0
+        self.xattrs: dict[bytes, bytes] = {}
+
+    @property
+    def is_local(self) -> bool:
+        return self.kind in {"private", "published"}
+
+    def copy(self, *, keep_content: bool) -> File:
+        label = self.label if keep_content and self.kind == "object" else ""
+        copied = File(label, "private", base=self if keep_content and self.is_local else None)
+        copied.xattrs = dict(self.xattrs)
+        return copied
 
 
 class Directory:
@@ -35,6 +54,10 @@ class Directory:
         self.frozen = False
         self.removed = False
         self.bound = False
+        self.writable = False
+        self.url = ""
+        self.is_sandbox = False
+        self.xattrs: dict[bytes, bytes] = {} if lower is None else dict(lower.xattrs)
         self.own: dict[str, Own] = {}
         self.shown: dict[str, Directory] = {}
 
@@ -45,6 +68,9 @@ class Directory:
         while at is not None:
             yield at
             at = at.parent
+
+    def sandbox(self) -> Directory | None:
+        return next((above for above in self.ancestors() if above.is_sandbox), None)
 
     def chain(self) -> Iterator[Directory]:
         at: Directory | None = self
@@ -102,7 +128,7 @@ class Directory:
     def put(self, name: str, node: File | Directory) -> None:
         self.keep()
         hides = name in self.own and self.bound
-        self.own[name] = Own(node, "kept" if hides else "own")
+        self.own[name] = Own(node, "ours" if hides else "own")
         if isinstance(node, Directory):
             node.parent = self
 
@@ -112,7 +138,8 @@ class Directory:
         self.keep()
         entry = self.own.pop(name, None)
         shown = self.shown.pop(name, None)
-        hide = (entry is not None and entry.origin != "own") or shown is not None
+        uploaded = self.writable and isinstance(node, Directory)
+        hide = (entry is not None and entry.origin != "own") or shown is not None or uploaded
         if hide or name in self.below():
             self.own[name] = Own(None, "own")
         return node
@@ -135,14 +162,19 @@ class Directory:
 
 
 class Own:
-    """``origin``: made here; found in a remote's listing; or kept, which is one of the latter (or
-    of the lower directory's) that has something of this place's own."""
+    """``origin``: made here (``ours``: in place of one that is hidden); found in a remote's
+    listing; or kept, which is one of the latter (or of the lower directory's) that has something
+    of this place's own."""
 
     def __init__(
-        self, node: File | Directory | None, origin: Literal["own", "found", "kept"]
+        self, node: File | Directory | None, origin: Literal["own", "ours", "found", "kept"]
     ) -> None:
         self.node = node
         self.origin = origin
+
+    @property
+    def at_remote(self) -> bool:
+        return self.origin in {"found", "kept"}
 
 
 class Tree:
@@ -153,6 +185,67 @@ class Tree:
         self.templates = Directory(None)
         self.root.own = {"staging": Own(self.staging, "own"), "tasks": Own(self.tasks, "own")}
         self.template_roots: list[Directory] = []
+        # Published files of writable bindings, and where they are to be uploaded.
+        self.due: set[tuple[File, str]] = set()
+
+    # Writable bindings
+
+    def gained(self, directory: Directory, name: str, node: File | Directory) -> None:
+        if directory.writable and isinstance(node, File) and node.kind == "published":
+            self.due.add((node, f"{directory.url}/{name}"))
+
+    def left(self, directory: Directory, name: str, node: File | Directory | None) -> None:
+        if directory.writable and isinstance(node, File):
+            self.due.discard((node, f"{directory.url}/{name}"))
+
+    def bind_like(self, directory: Directory, name: str, made: Directory) -> None:
+        """A directory has its place in ``directory`` from now on."""
+        made.bound = made.writable = directory.writable
+        made.url = f"{directory.url}/{name}" if directory.writable else ""
+
+    def check_moving(self, source: Directory, name: str, node: Directory, to: Directory) -> None:
+        if not (source.writable or to.writable):
+            return
+        entry = source.own.get(name)
+        if source.writable and entry is not None and entry.at_remote:
+            raise Refused
+        for directory in self._below(node):
+            if directory.lower is not None or directory.frozen:
+                raise Refused
+            if directory.bound != source.writable:
+                raise Refused
+            for below in directory.own.values():
+                of_remote = isinstance(below.node, Directory) or (
+                    below.node is not None and below.node.kind == "object"
+                )
+                if below.at_remote and of_remote:
+                    raise Refused
+
+    def _below(self, directory: Directory) -> Iterator[Directory]:
+        yield directory
+        for entry in directory.own.values():
+            if isinstance(entry.node, Directory):
+                yield from self._below(entry.node)
+
+    def moved(self, source: Directory, node: Directory, target: Directory, name: str) -> None:
+        if not (source.writable or target.writable):
+            return
+        for directory in self._below(node):
+            for child, entry in directory.own.items():
+                self.left(directory, child, entry.node)
+        self.bind_like(target, name, node)
+        for directory in self._below(node):
+            for child, entry in directory.own.items():
+                if isinstance(entry.node, Directory):
+                    self.bind_like(directory, child, entry.node)
+                elif entry.node is not None:
+                    self.gained(directory, child, entry.node)
+
+    def check_replacing(self, directory: Directory, name: str, node: File | Directory) -> None:
+        entry = directory.own.get(name)
+        is_file = isinstance(node, File) and (node.is_local or node.kind == "object")
+        if directory.writable and is_file and entry is not None and entry.at_remote:
+            raise Refused
 
     def walk(self) -> Iterator[tuple[str, Directory]]:
         for top, prefix in ((self.root, ""), (self.templates, "template")):
@@ -177,7 +270,37 @@ class Tree:
         directory.check_writable()
         if name in directory.view():
             raise Refused
+        if isinstance(node, Directory) and directory.writable:
+            if node.bound:
+                raise Refused
+            self.bind_like(directory, name, node)
         directory.put(name, node)
+        self.gained(directory, name, node)
+
+    def create_file(self, directory: Directory, name: str, file: File) -> None:
+        directory.check_writable()
+        if directory.bound and not directory.writable:
+            raise Refused
+        self.make(directory, name, file)
+
+    def copy_up(self, directory: Directory, name: str, shared: File, copied: File) -> None:
+        directory.check_writable()
+        found = directory.view().get(name)
+        if found is not shared or shared.kind not in {"object", "published"}:
+            raise Refused
+        self.replace(directory, name, copied)
+
+    def publish(self, node: File | Directory) -> None:
+        if isinstance(node, Directory):
+            for entry in node.own.values():
+                if entry.node is not None:
+                    self.publish(entry.node)
+        elif node.kind == "private":
+            node.kind = "published"
+            for _path, directory in self.walk():
+                for name, entry in directory.own.items():
+                    if entry.node is node:
+                        self.gained(directory, name, node)
 
     def link_directory(self, target: Directory, directory: Directory, name: str) -> None:
         directory.check_writable()
@@ -190,7 +313,7 @@ class Tree:
         directory.check_writable()
         if not isinstance(directory.view().get(name), File):
             raise Refused
-        directory.take(name)
+        self.left(directory, name, directory.take(name))
 
     def remove_directory(self, directory: Directory, name: str) -> None:
         directory.check_writable()
@@ -209,7 +332,7 @@ class Tree:
             node in template.ancestors() for template in self._live_templates()
         ):
             raise Refused
-        directory.take(name)
+        self.left(directory, name, directory.take(name))
         if isinstance(node, Directory):
             node.end()
 
@@ -221,6 +344,21 @@ class Tree:
         return node in (self.root, self.staging, self.tasks, self.templates)
 
     def rename(
+        self,
+        source: Directory,
+        name: str,
+        target: Directory,
+        new_name: str,
+        flags: int,
+        *,
+        publish: bool,
+    ) -> None:
+        moved = source.view().get(name)
+        self._rename(source, name, target, new_name, flags)
+        if publish and moved is not None:
+            self.publish(moved)
+
+    def _rename(
         self, source: Directory, name: str, target: Directory, new_name: str, flags: int
     ) -> None:
         source.check_writable()
@@ -235,15 +373,21 @@ class Tree:
             raise Refused
         if there is moved:
             return
+        if isinstance(moved, Directory):
+            self.check_moving(source, name, moved, target)
         if there is not None:
             self._check_replaceable(moved, there)
+            self.check_replacing(target, new_name, there)
         target.keep()
-        source.take(name)
+        self.left(source, name, source.take(name))
         if there is not None:
-            target.take(new_name)
+            self.left(target, new_name, target.take(new_name))
             if isinstance(there, Directory):
                 there.end()
         target.put(new_name, moved)
+        self.gained(target, new_name, moved)
+        if isinstance(moved, Directory):
+            self.moved(source, moved, target, new_name)
 
     @staticmethod
     def _below_itself(node: File | Directory, source: Directory, target: Directory) -> bool:
@@ -261,13 +405,21 @@ class Tree:
             raise Refused
         if moved is there:
             return
+        if source.writable or target.writable:
+            if isinstance(moved, Directory) or isinstance(there, Directory):
+                raise Refused
+            self.check_replacing(source, name, moved)
+            self.check_replacing(target, new_name, there)
         source.keep()
         target.keep()
+        self.left(source, name, moved)
+        self.left(target, new_name, there)
         for directory, at, node in ((source, name, there), (target, new_name, moved)):
             entry = directory.own.get(at)
             from_remote = directory.bound and entry is not None and entry.origin != "own"
             directory.shown.pop(at, None)
             directory.own[at] = Own(node, "kept" if from_remote else "own")
+            self.gained(directory, at, node)
             if isinstance(node, Directory):
                 node.parent = directory
 
@@ -278,6 +430,7 @@ class Tree:
         directory.keep()
         entry = directory.own.get(name)
         from_remote = directory.bound and entry is not None and entry.origin != "own"
+        self.left(directory, name, directory.view()[name])
         directory.own[name] = Own(file, "kept" if from_remote else "own")
 
     def instantiate(self, template: Directory, directory: Directory, names: list[str]) -> None:
@@ -315,6 +468,8 @@ class Tree:
                 if not isinstance(old, Directory):
                     made = Directory(directory)
                     made.bound = True
+                    made.writable = directory.writable
+                    made.url = f"{directory.url}/{name}"
                     directory.own[name] = Own(made, "found")
             elif not isinstance(old, File) or old.label != found.label:
                 directory.own[name] = Own(found, "found")

@@ -42,7 +42,7 @@ class Reading:
         validator: str | None = None,
     ) -> Node:
         """Put an object at the remote and register it as a catalog does, with its size only."""
-        url = self.remote.put(f"/{name}", data)
+        url = self.remote.store(f"/{name}", data)
         version = validator or (str(checksum) if checksum else f"declared:{len(data)}:0")
         staged = StagedObject(
             url=url,

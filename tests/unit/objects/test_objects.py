@@ -1,5 +1,6 @@
 """Reading through the cache: one fetch for all, right bytes, errors that say why."""
 
+import contextlib
 import hashlib
 import random
 from pathlib import Path
@@ -54,6 +55,23 @@ async def test_each_chunk_is_fetched_once_for_any_number_of_readers(
             await trio.testing.wait_all_tasks_blocked()
             reading.remote.gate.set()
         assert reading.remote.bytes_requested() == len(data)
+
+
+async def test_read_ahead_goes_on_when_a_fetch_ends(make_reading: MakeReading) -> None:
+    """Also of a reader that says nothing more: all of what is cached it reads without a word."""
+    settings = ReadSettings(parallel_spans_per_object=1)
+    async with make_reading(settings=settings) as reading:
+        node = reading.stage("a", random_bytes(100 * MIB))
+        opened = reading.objects.open(node)
+        start = 0
+        while opened.ahead.window_bytes < 64 * MIB:
+            await reading.objects.read(opened, start, MIB)
+            start += MIB
+        with trio.fail_after(60):
+            while reading.objects.cached_bytes(node) < start + 48 * MIB:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert reading.remote.bytes_requested() <= node.size_bytes
+        reading.objects.release(opened)
 
 
 async def test_a_second_read_asks_nobody(make_reading: MakeReading) -> None:
@@ -135,7 +153,7 @@ async def test_an_object_that_changed_is_never_mixed(make_reading: MakeReading) 
         node = reading.stage("a", data)
         opened = reading.objects.open(node)
         assert bytes(await reading.objects.read(opened, 0, 100)) == data[:100]
-        reading.remote.put("/a", random_bytes(8 * MIB, seed=2))
+        reading.remote.store("/a", random_bytes(8 * MIB, seed=2))
         with pytest.raises(ObjectChanged):
             await reading.objects.read(opened, 6 * MIB, 100)
         assert bytes(await reading.objects.read(opened, 100, 100)) == data[100:200]
@@ -144,7 +162,7 @@ async def test_an_object_that_changed_is_never_mixed(make_reading: MakeReading) 
 async def test_another_size_than_the_catalog_says_is_an_error(make_reading: MakeReading) -> None:
     async with make_reading() as reading:
         node = reading.stage("a", random_bytes(3 * MIB))
-        reading.remote.put("/a", random_bytes(2 * MIB))
+        reading.remote.store("/a", random_bytes(2 * MIB))
         with pytest.raises(ObjectChanged, match="registered"):
             await reading.read(node)
 
@@ -209,13 +227,22 @@ async def test_a_server_that_sends_whole_objects_only(make_reading: MakeReading)
         assert len(whole) == 1
 
 
+def disk_bytes(directory: Path) -> int:
+    """What is on the disk, while files come and go."""
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
 async def test_an_object_larger_than_the_cache(make_reading: MakeReading, tmp_path: Path) -> None:
     data = random_bytes(48 * MIB)
     async with make_reading(capacity_bytes=16 * MIB) as reading:
         node = reading.stage("a", data)
         for start in range(0, len(data), 4 * MIB):
             assert await reading.read(node, start, 4 * MIB) == data[start : start + 4 * MIB]
-            used = sum(f.stat().st_blocks * 512 for f in (tmp_path / "cache").rglob("*"))
+            used = disk_bytes(tmp_path / "cache")
             assert used <= 16 * MIB + reading.objects.counters.in_flight_bytes + 9 * MIB
         assert await reading.read(node, 0, MIB) == data[:MIB]
 
@@ -245,7 +272,7 @@ async def test_stat_is_shared_and_goes_on_when_the_asker_gives_up(
     make_reading: MakeReading, patient_clock: trio.abc.Clock
 ) -> None:
     async with make_reading() as reading:
-        url = reading.remote.put("/a", b"x")
+        url = reading.remote.store("/a", b"x")
         reading.remote.gate = trio.Event()
         with pytest.raises(DeadlineExceeded, match="try again"):
             await reading.objects.stat_soon(url)

@@ -39,6 +39,24 @@ def test_a_jump_shrinks_the_window_to_nothing() -> None:
     assert read(ahead, 100 * MIB).length == 128 * KIB
 
 
+def test_a_window_that_was_read_through_is_no_jump() -> None:
+    """What is cached is read without a word, up to the trigger."""
+    ahead = read_ahead()
+    for step in range(10):
+        read(ahead, step * 128 * KIB)
+    assert ahead.trigger - 10 * 128 * KIB > 16 * MIB, "farther than a jump that is forgiven"
+    read(ahead, ahead.trigger)
+    assert ahead.window_bytes == 64 * MIB
+
+
+def test_a_jump_beyond_the_window_begins_anew() -> None:
+    ahead = read_ahead()
+    for step in range(10):
+        read(ahead, step * 128 * KIB)
+    read(ahead, 100 * MIB)
+    assert ahead.window_bytes == 0
+
+
 def test_a_short_jump_forward_goes_on() -> None:
     ahead = read_ahead()
     for step in range(3):

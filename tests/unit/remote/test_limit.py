@@ -34,7 +34,7 @@ def arrived(memory: MemoryRemote, kind: str) -> int:
 async def test_transfers_lookups_and_batches_have_places_of_their_own(
     memory: MemoryRemote,
 ) -> None:
-    url = memory.put("/d/x", b"")
+    url = memory.store("/d/x", b"")
     remote = LimitedRemote(memory, RemoteSettings(concurrency=2, lookups=3))
     memory.gate = trio.Event()
 
@@ -68,7 +68,7 @@ async def test_transfers_lookups_and_batches_have_places_of_their_own(
 
 
 async def test_cancelled_waiters_give_their_place_back(memory: MemoryRemote) -> None:
-    url = memory.put("/x", b"")
+    url = memory.store("/x", b"")
     remote = LimitedRemote(memory, RemoteSettings(lookups=1))
     memory.gate = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -82,7 +82,7 @@ async def test_cancelled_waiters_give_their_place_back(memory: MemoryRemote) -> 
 
 
 async def test_a_slow_reader_of_a_listing_holds_no_place(memory: MemoryRemote) -> None:
-    url = memory.put("/d/x", b"")
+    url = memory.store("/d/x", b"")
     remote = LimitedRemote(memory, RemoteSettings(lookups=1))
     async for _ in remote.list(memory.url("/d")):
         with trio.fail_after(5):

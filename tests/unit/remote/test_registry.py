@@ -6,7 +6,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from stagefs.config import HttpSettings, RemoteDefaults, S3Settings, SshSettings
-from stagefs.errors import InvalidUrl
+from stagefs.errors import InvalidUrl, RemoteUnavailable
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.memory import MemoryRemote
 from stagefs.remote.registry import Remotes
@@ -83,7 +83,7 @@ async def test_idle_remotes_make_room(made: Made) -> None:
 async def test_busy_remotes_are_not_closed(made: Made) -> None:
     served = remotes(made, RemoteSettings(remotes_max=1))
     served.for_url("memory://a/x")
-    url = made.drivers["memory://a"].put("/x", b"")
+    url = made.drivers["memory://a"].store("/x", b"")
     made.drivers["memory://a"].gate = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(served.for_url(url).stat, url)
@@ -101,6 +101,34 @@ async def test_all_are_closed_at_the_end(made: Made) -> None:
     await served.aclose()
     await served.aclose()
     assert made.closed == ["http://a", "ssh://b"]
+
+
+@pytest.mark.parametrize("fault", [None, RemoteUnavailable("refused"), ValueError("a defect")])
+async def test_connections_are_made_ahead_where_a_protocol_keeps_one(
+    fault: Exception | None,
+) -> None:
+    """Whatever comes of it, nobody is told but who reads."""
+    connected: list[str] = []
+
+    class Connecting(MemoryRemote):
+        async def connect(self) -> None:
+            connected.append(self.host_url)
+            if fault is not None:
+                raise fault
+
+    def made(
+        host_url: str, _settings: RemoteSettings, _credentials: CredentialStore
+    ) -> MemoryRemote:
+        return Connecting(host_url) if host_url.startswith("ssh") else MemoryRemote(host_url)
+
+    served = Remotes(
+        RemoteSettings(), CredentialStore(None), drivers=dict.fromkeys(("ssh", "memory"), made)
+    )
+    for url in ("memory://a/x", "ssh://b/x"):
+        served.connect_soon(url)
+    assert connected == []
+    await wait_all_tasks_blocked()
+    assert connected == ["ssh://b"]
 
 
 async def test_unknown_schemes(made: Made) -> None:

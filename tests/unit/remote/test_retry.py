@@ -53,7 +53,7 @@ def retrying(memory: MemoryRemote, settings: RemoteSettings = SETTINGS) -> Retry
 async def test_passing_errors_are_repeated(
     memory: MemoryRemote, error: StageFSError, autojump_clock: MockClock
 ) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [error, error, error]
     begun = trio.current_time()
     assert (await retrying(memory).stat(url)).size_bytes == 7
@@ -62,7 +62,7 @@ async def test_passing_errors_are_repeated(
 
 
 async def test_attempts_are_bounded(memory: MemoryRemote, autojump_clock: MockClock) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable() for _ in range(10)]
     with pytest.raises(RemoteUnavailable):
         await retrying(memory).stat(url)
@@ -70,7 +70,7 @@ async def test_attempts_are_bounded(memory: MemoryRemote, autojump_clock: MockCl
 
 
 async def test_pauses_are_bounded(memory: MemoryRemote, autojump_clock: MockClock) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable() for _ in range(6)]
     many = msgspec.structs.replace(SETTINGS, attempts=7)
     begun = trio.current_time()
@@ -79,7 +79,7 @@ async def test_pauses_are_bounded(memory: MemoryRemote, autojump_clock: MockCloc
 
 
 async def test_time_is_bounded(memory: MemoryRemote, autojump_clock: MockClock) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable() for _ in range(10)]
     hasty = msgspec.structs.replace(SETTINGS, attempts=10, attempts_deadline_s=5.0)
     begun = trio.current_time()
@@ -89,7 +89,7 @@ async def test_time_is_bounded(memory: MemoryRemote, autojump_clock: MockClock) 
 
 
 async def test_jitter_shortens_pauses(memory: MemoryRemote, autojump_clock: MockClock) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable()]
     begun = trio.current_time()
     await RetryingRemote(memory, SETTINGS, jitter=lambda: 0.0).stat(url)
@@ -99,7 +99,7 @@ async def test_jitter_shortens_pauses(memory: MemoryRemote, autojump_clock: Mock
 async def test_the_servers_wish_is_honoured(
     memory: MemoryRemote, autojump_clock: MockClock
 ) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable(retry_after_s=30.0)]
     begun = trio.current_time()
     await retrying(memory).stat(url)
@@ -109,7 +109,7 @@ async def test_the_servers_wish_is_honoured(
 async def test_a_wish_beyond_the_deadline_fails_at_once(
     memory: MemoryRemote, autojump_clock: MockClock
 ) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [unavailable(retry_after_s=3600.0)]
     begun = trio.current_time()
     with pytest.raises(RemoteUnavailable) as caught:
@@ -120,7 +120,7 @@ async def test_a_wish_beyond_the_deadline_fails_at_once(
 
 @pytest.mark.parametrize("error", [ObjectMissing("x"), AccessDenied("x"), ObjectChanged("x")])
 async def test_lasting_errors_are_not_repeated(memory: MemoryRemote, error: StageFSError) -> None:
-    url = memory.put("/x", b"content")
+    url = memory.store("/x", b"content")
     memory.failures = [error]
     with pytest.raises(type(error)):
         await retrying(memory).stat(url)
@@ -128,7 +128,7 @@ async def test_lasting_errors_are_not_repeated(memory: MemoryRemote, error: Stag
 
 
 async def test_listing_is_repeated(memory: MemoryRemote, autojump_clock: MockClock) -> None:
-    memory.put("/d/x", b"content")
+    memory.store("/d/x", b"content")
     memory.failures = [unavailable()]
     pages = [page async for page in retrying(memory).list(memory.url("/d"))]
     assert [entry.name for page in pages for entry in page] == ["x"]
@@ -138,7 +138,7 @@ async def test_fetch_goes_on_behind_the_last_byte(
     memory: MemoryRemote, sink: FileSink, autojump_clock: MockClock
 ) -> None:
     data = os.urandom(4 * MIB)
-    url = memory.put("/x", data)
+    url = memory.store("/x", data)
     info = await memory.stat(url)
     memory.failures = [unavailable()]
     memory.cut_after_bytes = MIB + 5
@@ -153,7 +153,7 @@ async def test_fetch_goes_on_behind_the_last_byte(
 async def test_resumed_fetch_is_of_the_version_it_began_with(
     memory: MemoryRemote, sink: FileSink, autojump_clock: MockClock
 ) -> None:
-    url = memory.put("/x", bytes(4 * MIB))
+    url = memory.store("/x", bytes(4 * MIB))
     memory.cut_after_bytes = MIB
 
     remote = retrying(memory)
@@ -162,7 +162,7 @@ async def test_resumed_fetch_is_of_the_version_it_began_with(
 
         async def replace() -> None:
             await sink.first_landed.wait()
-            memory.put("/x", b"\1" * 4 * MIB)
+            memory.store("/x", b"\1" * 4 * MIB)
 
         nursery.start_soon(replace)
         with pytest.raises(ObjectChanged):
@@ -191,7 +191,7 @@ async def test_fetch_of_an_unknown_version_is_not_resumed(
 async def test_batch_repeats_only_what_failed(
     memory: MemoryRemote, autojump_clock: MockClock
 ) -> None:
-    urls = [memory.put(f"/x{number}", b"content") for number in range(4)]
+    urls = [memory.store(f"/x{number}", b"content") for number in range(4)]
     memory.failures = [unavailable()]
     memory.forbid("/x2", AccessDenied("no"))
     results = await retrying(memory).fetch_batch([Item(url) for url in urls])
@@ -207,7 +207,7 @@ async def test_batch_repeats_only_what_failed(
 async def test_batch_tells_each_item_its_last_error(
     memory: MemoryRemote, autojump_clock: MockClock
 ) -> None:
-    urls = [memory.put(f"/x{number}", b"content") for number in range(2)]
+    urls = [memory.store(f"/x{number}", b"content") for number in range(2)]
     memory.forbid("/x1", unavailable())
     results = await retrying(memory).fetch_batch([Item(url) for url in urls])
     assert [type(result) for result in results] == [WholeObject, RemoteUnavailable]

@@ -1,7 +1,7 @@
 """An SFTP server that is right and unusual, to be run in place of ``ssh``.
 
-``program`` writes a script for ``[remote.ssh] program``.  The oddities: no
-``limits@openssh.com``, at most ``read_bytes`` per READ, answers in reverse order as far as
+``program`` writes a script for ``[remote.ssh] program``.  The oddities: none of OpenSSH's
+extensions, at most ``READ_BYTES`` per READ, answers in reverse order as far as
 the protocol allows, status answers without message, listings without permissions.
 """
 
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 READ_BYTES = 1000
+# All that version 3 promises.
+WRITE_BYTES_MAX = 32 << 10
 
 
 def program(directory: Path) -> Path:
@@ -79,8 +81,11 @@ class Server:
         if kind in (3, 11):
             self.next_handle += 1
             handle = b"handle-%d" % self.next_handle
-            self.handles[handle] = os.open(name, os.O_RDONLY) if kind == 3 else os.listdir(name)
+            self.handles[handle] = opened(name, rest) if kind == 3 else os.listdir(name)
             return 102, text(handle)
+        if kind in (13, 14, 18):
+            change_name(kind, name, rest)
+            return 101, struct.pack(">I", 0)
         if kind == 4:
             self.close(self.handles.pop(name))
             return 101, struct.pack(">I", 0)
@@ -97,9 +102,36 @@ class Server:
             return 104, struct.pack(">I", 1) + text(held.pop()) + text(b"") + struct.pack(">I", 0)
         if kind == 8:
             return 105, attributes(os.fstat(held))
+        if kind == 10:
+            os.fchmod(held, struct.unpack(">II", rest)[1])
+            return 101, struct.pack(">I", 0)
+        if kind == 6:
+            offset, length = struct.unpack(">QI", rest[:12])
+            if length > WRITE_BYTES_MAX:
+                raise OSError
+            os.pwrite(held, rest[12 : 12 + length], offset)
+            return 101, struct.pack(">I", 0)
         offset, wanted = struct.unpack(">QI", rest)
         data = os.pread(held, min(wanted, READ_BYTES), offset)
         return (103, text(data)) if data else (101, struct.pack(">I", 1))
+
+
+def opened(name: bytes, rest: bytes) -> int:
+    wanted = int.from_bytes(rest[:4], "big")
+    flags = os.O_RDWR if wanted & 2 else os.O_RDONLY
+    flags |= os.O_CREAT if wanted & 8 else 0
+    return os.open(name, flags | (os.O_EXCL if wanted & 0x20 else 0), 0o644)
+
+
+def change_name(kind: int, name: bytes, rest: bytes) -> None:
+    """REMOVE, MKDIR, or RENAME, which replaces nothing."""
+    if kind == 13:
+        os.unlink(name)
+    elif kind == 14:
+        os.mkdir(name)
+    else:
+        os.link(name, rest[4:])
+        os.unlink(name)
 
 
 def attributes(found: os.stat_result) -> bytes:

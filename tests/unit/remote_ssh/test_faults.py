@@ -209,6 +209,13 @@ async def test_a_server_that_falls_silent_in_mid_transfer(
 ) -> None:
     remote, url = remote_to(own_server, limit_s=1.0, client=client), own_server.url_of(large)
     with FileSink(large.with_name("sink")) as sink, trio.fail_after(30):
+        # On a busy machine the login alone may take longer than a server may be silent.
+        while True:
+            try:
+                await remote.stat(url)
+                break
+            except (DeadlineExceeded, RemoteUnavailable):
+                continue
         async with trio.open_nursery() as nursery:
 
             async def freeze() -> None:

@@ -1,6 +1,7 @@
 """Servers that are not OpenSSH: fewer bytes than asked for, any order, nonsense."""
 
 import contextlib
+import hashlib
 import random
 from pathlib import Path
 
@@ -9,16 +10,26 @@ import pytest
 from stagefs.config import SshSettings
 from stagefs.errors import (
     InvalidUrl,
+    NameExists,
     ObjectChanged,
     ObjectMissing,
     RemoteError,
     RemoteUnavailable,
 )
-from stagefs.model import MIB, EntryKind, ListedEntry, Span, WholeObject
+from stagefs.model import (
+    MIB,
+    Checksum,
+    ChecksumKind,
+    EntryKind,
+    ListedEntry,
+    Span,
+    WholeObject,
+)
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.ssh import SshRemote
 from stagefs.remote.url import quote_path
+from tests.support.source_file import source_file
 from tests.unit.remote_ssh import odd_sftp_server
 from tests.unit.remote_ssh.sinks import FileSink, Item
 
@@ -74,7 +85,7 @@ async def test_a_listing_without_attributes(odd: SshRemote, directory: Path) -> 
         (directory / f"file{number}").write_bytes(bytes(number))
     (directory / "sub").mkdir()
     entries: dict[str, ListedEntry] = {}
-    async with contextlib.aclosing(odd.list(url_of(directory))) as pages:  # type: ignore[type-var]
+    async with contextlib.aclosing(odd.list(url_of(directory))) as pages:
         async for page in pages:
             entries |= {entry.name: entry for entry in page}
     assert len(entries) == 52  # the server's own script is there too
@@ -136,3 +147,36 @@ def test_hosts_and_users_that_look_like_options_are_refused() -> None:
     for url in ("ssh://-oProxyCommand=x", "ssh://-oProxyCommand%3Dx@host"):
         with pytest.raises(InvalidUrl, match="host"):
             SshRemote(url, settings, credentials)
+
+
+async def put(
+    remote: SshRemote, url: str, data: bytes, directory: Path, *, overwrite: bool = False
+) -> None:
+    checksum = Checksum(ChecksumKind.SHA256, hashlib.sha256(data).hexdigest())
+    with source_file(directory / "source", data) as source:
+        await remote.put(
+            url,
+            source=source.fd,
+            size_bytes=source.size_bytes,
+            overwrite=overwrite,
+            checksum=checksum,
+            mode=0o640,
+            progress=source.progress,
+        )
+
+
+async def test_a_put_without_any_extension(odd: SshRemote, directory: Path) -> None:
+    place = directory / "some" / "place"
+    url = url_of(place / "output")
+    data, other = random.Random(1).randbytes(3 * MIB + 1), random.Random(2).randbytes(3 * MIB + 1)
+    await put(odd, url, data, directory)
+    assert (place / "output").read_bytes() == data
+    assert (place / "output").stat().st_mode & 0o777 == 0o640
+    await put(odd, url, data, directory)
+    with pytest.raises(NameExists):
+        await put(odd, url, other, directory)
+    assert (place / "output").read_bytes() == data
+    await put(odd, url, other, directory, overwrite=True)
+    assert (place / "output").read_bytes() == other
+    assert [path.name for path in place.iterdir()] == ["output"]
+    await odd.aclose()

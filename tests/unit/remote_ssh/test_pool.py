@@ -8,8 +8,17 @@ from collections.abc import Iterator
 import pytest
 
 from stagefs.remote import sftp_pool
-from stagefs.remote.sftp_messages import AnyReport, Connect, Failed, FailureKind, Stat
-from stagefs.remote.sftp_operations import StatOperation
+from stagefs.remote.sftp_batch import BatchOperation
+from stagefs.remote.sftp_messages import (
+    AnyReport,
+    Connect,
+    Failed,
+    FailureKind,
+    Fetch,
+    FetchWhole,
+    Stat,
+)
+from stagefs.remote.sftp_operations import FetchOperation, StatOperation
 from stagefs.remote.sftp_pool import Pool
 from stagefs.remote.sftp_session import Failure, Session
 
@@ -123,6 +132,24 @@ def test_one_connection_serves_all_that_wait_for_it(bench: Bench) -> None:
     os.write(bench.transports[0].answers, VERSION)
     bench.turn()
     assert all(isinstance(operation.session, Session) for operation in operations)
+
+
+def test_large_transfers_get_a_further_connection_and_small_files_do_not(bench: Bench) -> None:
+    many: list[tuple[bytes, str | None]] = [(b"/%d" % number, None) for number in range(100)]
+    bench.pool.submit(
+        BatchOperation(FetchWhole(1, many, 64 << 10), bench, now=bench.now), bench.now
+    )
+    bench.turn()
+    os.write(bench.transports[0].answers, VERSION)
+    bench.turn()
+    bench.ask()
+    assert len(bench.transports) == 1
+    fd = os.memfd_create("sink")
+    large = FetchOperation(Fetch(2, b"/l", 0, 64 << 20, 0, None), fd, bench, now=bench.now)
+    bench.pool.submit(large, bench.now)
+    bench.turn()
+    assert len(bench.transports) == 2
+    large.end(None)
 
 
 def test_a_connection_that_is_not_made_in_time_fails_all(bench: Bench) -> None:

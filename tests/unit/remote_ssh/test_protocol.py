@@ -69,12 +69,22 @@ def test_versions_differ_with_time_and_size() -> None:
 
 
 def test_limits() -> None:
-    said = struct.pack(">QQQQ", 262144, 261120, 261120, 1019)
-    assert protocol.limits(memoryview(said)) == (261120, 1019)
-    assert protocol.limits(memoryview(bytes(32))) == (255 << 10, 0)
-    assert protocol.limits(memoryview(struct.pack(">QQQQ", 34000, 0, 0, 0)))[0] == 32976
+    said = struct.pack(">QQQQ", 262144, 261120, 100000, 1019)
+    assert protocol.limits(memoryview(said)) == (261120, 1019, 100000)
+    assert protocol.limits(memoryview(bytes(32))) == (255 << 10, 0, 255 << 10)
+    small = protocol.limits(memoryview(struct.pack(">QQQQ", 34000, 0, 0, 0)))
+    assert (small.read_bytes, small.write_bytes) == (32976, 32976)
     with pytest.raises(ProtocolError):
         protocol.limits(memoryview(said[:31]))
+
+
+def test_space() -> None:
+    units = (512, 4096, 1000, 20, 10, 50, 5, 4, 1, 0, 255)
+    assert protocol.space(memoryview(struct.pack(">11Q", *units))) == (40960, 4, False)
+    read_only = (512, 4096, 1000, 20, 10, 0, 0, 0, 1, 1, 255)
+    assert protocol.space(memoryview(struct.pack(">11Q", *read_only))) == (40960, 1, True)
+    with pytest.raises(ProtocolError):
+        protocol.space(memoryview(bytes(87)))
 
 
 @given(st.binary(max_size=200))
@@ -87,6 +97,7 @@ def test_no_answer_makes_a_parser_fail_otherwise(body: bytes) -> None:
         protocol.extensions,
         protocol.attributes,
         protocol.limits,
+        protocol.space,
     ):
         try:
             parse(view)

@@ -24,7 +24,7 @@ def random_bytes(count: int, seed: int = 1) -> bytes:
 
 
 async def everything(remote: SshRemote, url: str) -> dict[str, ListedEntry]:
-    async with contextlib.aclosing(remote.list(url)) as pages:  # type: ignore[type-var]
+    async with contextlib.aclosing(remote.list(url)) as pages:
         return {entry.name: entry async for page in pages for entry in page}
 
 
@@ -137,7 +137,7 @@ async def test_list_of_many_names_comes_in_pages(
     remote = remote_to(server)
     assert set(await everything(remote, server.url_of(directory))) == names
     # Leaving early costs nothing later.
-    async with contextlib.aclosing(remote.list(server.url_of(directory))) as pages:  # type: ignore[type-var]
+    async with contextlib.aclosing(remote.list(server.url_of(directory))) as pages:
         assert len(await anext(pages)) < 3000
     assert set(await everything(remote, server.url_of(directory))) == names
 

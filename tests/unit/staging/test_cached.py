@@ -14,8 +14,8 @@ LARGE = bytes(range(256)) * (3 * MIB // 256)
 
 
 async def _staged(staging: Staging) -> None:
-    await staging.stage_in(staging.remote.put("/large", LARGE), target="staging:///d/large")
-    await staging.stage_in(staging.remote.put("/small", b"small"), target="staging:///d/small")
+    await staging.stage_in(staging.remote.store("/large", LARGE), target="staging:///d/large")
+    await staging.stage_in(staging.remote.store("/small", b"small"), target="staging:///d/small")
 
 
 async def _warm(staging: Staging, *paths: str) -> values.Warmed:
@@ -64,7 +64,7 @@ async def test_warming_what_is_gone_is_its_sentence(staging: Staging) -> None:
 
 async def test_entries_are_listed_in_pages(staging: Staging) -> None:
     for number in range(5):
-        url = staging.remote.put(f"/{number}", b"x")
+        url = staging.remote.store(f"/{number}", b"x")
         await staging.stage_in(url, target=f"staging:///{number}")
     await _warm(staging, "staging:///")
     seen: list[str] = []

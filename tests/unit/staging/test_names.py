@@ -9,6 +9,7 @@ import trio
 
 from stagefs.errors import (
     InvalidCatalog,
+    InvalidManifest,
     InvalidName,
     InvalidUrl,
     IsADirectory,
@@ -22,13 +23,14 @@ from stagefs.errors import (
 from stagefs.model import Checksum, ChecksumKind
 from stagefs.namespace.node import IMMUTABLE_CHECKED_NS, STAGING_INODE, TASKS_INODE
 from stagefs.staging import values
+from stagefs.staging.manifest import Manifest
 from stagefs.staging.tree import parse_place
 from stagefs.staging.values import Progress
 from tests.unit.staging.conftest import Staging
 
 
 async def test_stage_in_asks_once_and_fetches_nothing(staging: Staging) -> None:
-    url = staging.remote.put("/data/a", b"12345")
+    url = staging.remote.store("/data/a", b"12345")
     entry = await staging.stage_in(url, target="staging:///deep/er/a")
     assert (entry.path, entry.size_bytes, entry.state) == ("staging:///deep/er/a", 5, "remote")
     assert [request.kind for request in staging.remote.requests] == ["stat"]
@@ -37,12 +39,12 @@ async def test_stage_in_asks_once_and_fetches_nothing(staging: Staging) -> None:
 
 
 async def test_several_urls_and_directories_as_target(staging: Staging) -> None:
-    one, two = staging.remote.put("/one", b"1"), staging.remote.put("/two", b"2")
+    one, two = staging.remote.store("/one", b"1"), staging.remote.store("/two", b"2")
     await staging.stage_in(one, two, target="staging:///d")
     assert sorted(await staging.names("staging:///d")) == ["one", "two"]
     await staging.stage_in(one, target="staging:///e/")
     assert await staging.names("staging:///e") == ["one"]
-    three = staging.remote.put("/three", b"3")
+    three = staging.remote.store("/three", b"3")
     await staging.stage_in(three, target="staging:///d")
     assert "three" in await staging.names("staging:///d")
     with pytest.raises(InvalidName, match="same name"):
@@ -51,18 +53,18 @@ async def test_several_urls_and_directories_as_target(staging: Staging) -> None:
 
 
 async def test_one_url_that_fails_leaves_no_name(staging: Staging) -> None:
-    good = staging.remote.put("/good", b"1")
+    good = staging.remote.store("/good", b"1")
     with pytest.raises(ObjectMissing, match="absent"):
         await staging.stage_in(good, staging.remote.url("/absent"), target="staging:///d")
     assert await staging.names("staging:///") == []
 
 
 async def test_existing_name_is_kept_unless_it_is_to_be_replaced(staging: Staging) -> None:
-    await staging.stage_in(staging.remote.put("/a", b"old"), target="staging:///a")
+    await staging.stage_in(staging.remote.store("/a", b"old"), target="staging:///a")
     await staging.area.sandbox_create(
-        values.CreateSandbox("t", {"a": "staging:///a"}), staging.progress.append
+        values.CreateSandbox("t", Manifest(inputs={"a": "staging:///a"})), staging.progress.append
     )
-    newer = staging.remote.put("/b", b"newer")
+    newer = staging.remote.store("/b", b"newer")
     with pytest.raises(NameExists, match="--replace"):
         await staging.stage_in(newer, target="staging:///a")
     assert staging.asked("stat") == 1, "a remote was asked although the name was taken"
@@ -74,21 +76,21 @@ async def test_existing_name_is_kept_unless_it_is_to_be_replaced(staging: Stagin
 
 
 async def test_replacing_by_the_same_version_keeps_the_inode(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"same")
+    url = staging.remote.store("/a", b"same")
     before = await staging.stage_in(url, target="staging:///a")
     after = await staging.stage_in(url, target="staging:///a", replace=True)
     assert after.inode == before.inode
 
 
 async def test_same_version_twice_is_one_inode(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"same")
+    url = staging.remote.store("/a", b"same")
     one = await staging.stage_in(url, target="staging:///a")
     two = await staging.stage_in(url, target="staging:///b")
     assert (two.inode, two.links) == (one.inode, 2)
 
 
 async def test_other_declared_checksum_is_another_object(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     digests = [hashlib.sha256(data).hexdigest() for data in (b"data", b"other")]
     for name, digest in zip(("right", "wrong"), digests, strict=True):
         request = values.StageIn(
@@ -101,14 +103,14 @@ async def test_other_declared_checksum_is_another_object(staging: Staging) -> No
 
 
 async def test_immutable_is_never_asked_again(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     request = values.StageIn([url], "staging:///a", immutable=True)
     await staging.area.stage_in(request, staging.progress.append)
     assert staging.node("staging/a").checked_ns == IMMUTABLE_CHECKED_NS
 
 
 async def test_staging_name_as_source_is_a_link(staging: Staging) -> None:
-    one = await staging.stage_in(staging.remote.put("/a", b"data"), target="staging:///a")
+    one = await staging.stage_in(staging.remote.store("/a", b"data"), target="staging:///a")
     two = await staging.stage_in("staging:///a", target="staging:///b")
     assert two.inode == one.inode
 
@@ -129,7 +131,7 @@ async def test_staging_name_as_source_is_a_link(staging: Staging) -> None:
 async def test_targets_that_cannot_be(
     staging: Staging, target: str, error: type[Exception]
 ) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     with pytest.raises(error):
         await staging.stage_in(url, target=target)
     assert await staging.names("/") == ["staging", "tasks"]
@@ -137,7 +139,7 @@ async def test_targets_that_cannot_be(
 
 
 async def test_file_is_no_directory(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     await staging.stage_in(url, target="staging:///a")
     with pytest.raises(NotADirectory, match=r"staging:///a is not a directory"):
         await staging.stage_in(url, target="staging:///a/b")
@@ -155,8 +157,8 @@ async def test_unknown_schemes_are_refused_at_once(staging: Staging) -> None:
 
 
 async def test_bound_directory_is_listed_when_looked_at(staging: Staging) -> None:
-    staging.remote.put("/ref/a", b"a")
-    staging.remote.put("/ref/sub/b", b"b")
+    staging.remote.store("/ref/a", b"a")
+    staging.remote.store("/ref/sub/b", b"b")
     bound = await staging.area.bind(values.Bind(staging.remote.url("/ref"), "staging:///ref"))
     assert bound.bound
     assert staging.remote.requests == []
@@ -167,7 +169,7 @@ async def test_bound_directory_is_listed_when_looked_at(staging: Staging) -> Non
 
 
 async def test_listing_goes_on_where_a_page_ended(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     for number in range(7):
         await staging.stage_in(url, target=f"staging:///d/{number}")
     seen = []
@@ -186,13 +188,13 @@ async def test_listing_goes_on_where_a_page_ended(staging: Staging) -> None:
 
 async def test_names_that_are_not_utf8(staging: Staging) -> None:
     name = os.fsdecode(b"caf\xe9")
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     entry = await staging.stage_in(url, target=f"staging:///{name}")
     assert os.fsencode(entry.name) == b"caf\xe9"
 
 
 async def test_remove_and_move(staging: Staging) -> None:
-    url = staging.remote.put("/a", b"data")
+    url = staging.remote.store("/a", b"data")
     await staging.stage_in(url, target="staging:///d/a")
     with pytest.raises(NotEmpty, match="--recursive"):
         await staging.area.remove(values.RemoveName("staging:///d"), staging.progress.append)
@@ -211,10 +213,12 @@ async def test_remove_and_move(staging: Staging) -> None:
 
 
 async def test_sandbox_links_names_urls_and_directories(staging: Staging) -> None:
-    await staging.stage_in(staging.remote.put("/a", b"data"), target="staging:///d/a")
-    other = staging.remote.put("/b", b"other")
+    await staging.stage_in(staging.remote.store("/a", b"data"), target="staging:///d/a")
+    other = staging.remote.store("/b", b"other")
     made = await staging.area.sandbox_create(
-        values.CreateSandbox("t1", {"in/a": "staging:///d/a", "b": other, "ref": "staging:///d"}),
+        values.CreateSandbox(
+            "t1", Manifest(inputs={"in/a": "staging:///d/a", "b": other, "ref": "staging:///d"})
+        ),
         staging.progress.append,
     )
     assert made.path == "/tasks/t1"
@@ -222,9 +226,9 @@ async def test_sandbox_links_names_urls_and_directories(staging: Staging) -> Non
     assert (await staging.stat("/tasks/t1/in/a")).inode == staging.node("staging/d/a").inode
     assert await staging.names("/tasks/t1/ref") == ["a"]
     assert await staging.read("tasks/t1/b") == b"other"
-    assert [one.name for one in (await staging.area.sandbox_list(values.Empty())).sandboxes] == [
-        "t1"
-    ]
+    assert [
+        one.name for one in (await staging.area.sandbox_list(values.ListSandboxes())).sandboxes
+    ] == ["t1"]
     await staging.area.sandbox_remove(values.OneSandbox("t1"), staging.progress.append)
     assert await staging.names("/tasks") == []
     assert await staging.read("staging/d/a") == b"data"
@@ -248,10 +252,10 @@ async def test_sandbox_links_names_urls_and_directories(staging: Staging) -> Non
 async def test_sandbox_that_fails_leaves_nothing(
     staging: Staging, name: str, inputs: dict[str, str]
 ) -> None:
-    await staging.stage_in(staging.remote.put("/x", b"data"), target="staging:///x")
-    with pytest.raises((InvalidName, NotFound, ObjectMissing, NotADirectory)):
+    await staging.stage_in(staging.remote.store("/x", b"data"), target="staging:///x")
+    with pytest.raises((InvalidManifest, InvalidName, NotFound, ObjectMissing)):
         await staging.area.sandbox_create(
-            values.CreateSandbox(name, inputs), staging.progress.append
+            values.CreateSandbox(name, Manifest(inputs=inputs)), staging.progress.append
         )
     assert await staging.names("/tasks") == []
     assert staging.node("staging/x").nlink == 1
@@ -264,18 +268,18 @@ async def test_sandbox_that_exists(staging: Staging) -> None:
 
 
 async def test_caller_that_goes_away_leaves_no_half_sandbox(staging: Staging) -> None:
-    url = staging.remote.put("/x", b"data")
+    url = staging.remote.store("/x", b"data")
     staging.remote.gate = trio.Event()
     with trio.move_on_after(0.05) as scope:
         await staging.area.sandbox_create(
-            values.CreateSandbox("t", {"x": url}), staging.progress.append
+            values.CreateSandbox("t", Manifest(inputs={"x": url})), staging.progress.append
         )
     assert scope.cancelled_caught
     assert await staging.names("/tasks") == []
 
 
 async def test_remote_that_is_down_is_its_own_sentence(staging: Staging) -> None:
-    url = staging.remote.put("/x", b"data")
+    url = staging.remote.store("/x", b"data")
     staging.remote.failures.append(RemoteUnavailable("no connection to memory://store"))
     with pytest.raises(RemoteUnavailable, match="memory://store"):
         await staging.stage_in(url, target="staging:///x")
