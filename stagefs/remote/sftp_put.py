@@ -287,7 +287,7 @@ class PutOperation(BaseOperation):
                 continue
             break
         if answer.code != Status.OK:
-            yield from self._not_stored(session, answer, 0)
+            yield from self._not_stored(session, answer)
         return self._opened(session, answer)
 
     def _make_directories(self, session: Session) -> Steps[None]:
@@ -309,8 +309,11 @@ class PutOperation(BaseOperation):
                 raise answer.refusal()
             # Whether somebody else was faster, opening the file will tell.
 
-    def _not_stored(self, session: Session, answer: Answer, taken: int) -> Steps[None]:
-        """Raises Failure: why a server refuses bytes.  The protocol has no word for a full disk."""
+    def _not_stored(
+        self, session: Session, answer: Answer, taken: int | None = None
+    ) -> Steps[None]:
+        """Raises Failure: why a server refuses bytes, of which it had ``taken`` some, or None: the
+        file itself.  The protocol has no word for a full disk."""
         if answer.code != Status.FAILURE:
             raise answer.refusal()
         if protocol.STATVFS_EXTENSION in session.extensions:
@@ -321,11 +324,15 @@ class PutOperation(BaseOperation):
                 if space.read_only:
                     reason = "the server's file system is read-only"
                     raise Failure(FailureKind.DENIED, reason)
-                if space.free_files == 0 or space.free_bytes <= self._order.size - taken:
+                if space.free_files == 0 or space.free_bytes <= self._order.size - (taken or 0):
                     reason = f"the server's disk is full ({space.free_bytes} bytes are left)"
                     raise Failure(FailureKind.NO_SPACE, reason)
         reason = "the server could not store it: see whether its disk or your quota there is full"
-        raise Failure(FailureKind.REFUSED, reason)
+        # An open file takes no bytes for want of space, which statvfs does not show where it is a
+        # quota, or where the space became free meanwhile: another upload that failed beside this
+        # one removed what it had stored.  A name that cannot be made may stay so.
+        kind = FailureKind.REFUSED if taken is None else FailureKind.NO_SPACE
+        raise Failure(kind, reason)
 
     # Single questions
 

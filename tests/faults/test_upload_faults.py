@@ -112,6 +112,10 @@ class SshTarget(Target):
     def free(self) -> None:
         (self.top / "filler").unlink()
 
+    def limit(self, size: int) -> None:
+        self._server.limit_files(size)
+        self.hang_up()
+
     def forbid(self) -> None:
         for path in (self.top, *self.top.rglob("*")):
             if path.is_dir():
@@ -282,6 +286,27 @@ def test_disk_that_is_full_at_the_server(mount: Mounted, target: Target) -> None
     told = sentence(mount.stagefs("flush", "--deadline", "1", check=False))
     assert "waiting" in told, "a full disk passes"
     target.free()
+    check_all_there(mount, target)
+
+
+@pytest.mark.parametrize("target", ["ssh"], indirect=True)
+def test_quota_that_statvfs_does_not_show(mount: Mounted, target: Target) -> None:
+    """The same as a full disk, though there seems to be space: it passes, however often."""
+    assert isinstance(target, SshTarget)
+    target.limit(MIB)
+    give(mount, target)
+    wait_until(
+        lambda: sum(int(str(upload.get("attempts", 0))) > 3 for upload in uploads(mount)) == 2,
+        "the two large ones to fail more often than other failures may",
+        told=lambda: str(uploads(mount)),
+    )
+    said = reasons(mount)
+    assert len(said) == 2
+    assert all("quota" in reason for reason in said), said
+    check_nothing_half(target)
+    told = sentence(mount.stagefs("flush", "--deadline", "1", check=False))
+    assert "2 waiting" in told, told
+    target.limit(-1)
     check_all_there(mount, target)
 
 

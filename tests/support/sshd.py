@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -118,6 +119,11 @@ class Sshd:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
+    def limit_files(self, size: int) -> None:
+        """Let no file grow beyond so many bytes from the next session on, as a quota does: what
+        the server tells of its disk does not show it.  -1: no limit."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
     def kill_sessions(self) -> int:
         """Cut every connection.  Returns how many processes that hit."""
         pids = self.session_pids()
@@ -189,6 +195,8 @@ class Sshd:
             text=True,
             errors="replace",
             start_new_session=True,
+            # SIGXFSZ stays ignored, as it is in Python: see limit_files.
+            restore_signals=False,
         )
         self._drain = threading.Thread(target=self._copy_log, args=(child,), daemon=True)
         self._drain.start()
