@@ -29,6 +29,7 @@ from tests.support.served import (
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
 FIGURES = pytest.StashKey[list[str]]()
+IDENTITY_NAMES = ("root", "user") if os.geteuid() == 0 else ("user",)
 # The watchdog ends what hangs a test shortly before pytest-timeout interrupts the test itself,
 # which a test that waits inside a system call on a dead mount would not notice.
 WATCHDOG_SHARE = 0.9
@@ -38,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-step",
         action="store_true",
-        help="kill daemons at every durable step, not at some, and more often (tests/faults)",
+        help="kill daemons at every durable step, not at some, more often, and each as root and "
+        "as an ordinary user (tests/faults)",
     )
 
 
@@ -58,6 +60,11 @@ def pytest_terminal_summary(
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[SESSION_DIRECTORY], ignore_errors=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "anybody" in metafunc.fixturenames and metafunc.config.getoption("--every-step"):
+        metafunc.parametrize("anybody", IDENTITY_NAMES, indirect=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -112,16 +119,20 @@ def all_identities(session_directory: Path) -> dict[str, Identity]:
     return identities(session_directory)
 
 
-@pytest.fixture(params=["root", "user"] if os.geteuid() == 0 else ["user"])
+@pytest.fixture(params=IDENTITY_NAMES)
 def identity(request: pytest.FixtureRequest, all_identities: dict[str, Identity]) -> Identity:
     """Who mounts: each test that uses it runs as root and as an ordinary user."""
     return all_identities[request.param]
 
 
 @pytest.fixture
-def anybody(all_identities: dict[str, Identity]) -> Identity:
-    """Who mounts, for tests that have nothing to say about users: whoever runs the suite."""
-    return next(iter(all_identities.values()))
+def anybody(request: pytest.FixtureRequest, all_identities: dict[str, Identity]) -> Identity:
+    """Who mounts, for tests that have nothing to say about users: whoever runs the suite.
+
+    With ``--every-step`` they run as root and as an ordinary user, as with ``identity``.
+    """
+    name = getattr(request, "param", None)
+    return next(iter(all_identities.values())) if name is None else all_identities[name]
 
 
 @pytest.fixture

@@ -213,15 +213,23 @@ def prepared(
     performer.end()
 
 
-modes = pytest.mark.parametrize(
-    "prepared",
-    [("root", True), ("user", False)],
-    ids=["root", "user-no-resend"],
-    indirect=True,
-)
+# Who mounts, whether requests are sent again, kills; with ``--every-step`` all pairs and 100 kills.
+MODES = {"root": ("root", True), "user-no-resend": ("user", False)}
+OTHER_MODES = {"user": ("user", True), "root-no-resend": ("root", False)}
+KILLS = {"root": 30, "user": 10, "user-no-resend": 10}
 
 
-@modes
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--every-step")
+    if "prepared" in metafunc.fixturenames:
+        modes = MODES | OTHER_MODES if every else MODES
+        metafunc.parametrize("prepared", modes.values(), ids=modes.keys(), indirect=True)
+    elif "kills" in metafunc.fixturenames:
+        kills = dict.fromkeys(MODES | OTHER_MODES, 100) if every else KILLS
+        arguments = [(*(MODES | OTHER_MODES)[mode], count) for mode, count in kills.items()]
+        metafunc.parametrize(("name", "resend", "kills"), arguments, ids=kills.keys())
+
+
 def test_names_change_once_whenever_the_daemon_dies(prepared: Performer) -> None:
     for what, steps in NAMES.items():
         expected = prepared.perform(what, None)
@@ -230,7 +238,6 @@ def test_names_change_once_whenever_the_daemon_dies(prepared: Performer) -> None
             assert prepared.perform(what, step) == expected, f"{what}, died {step}"
 
 
-@modes
 def test_a_link_is_copied_once_whenever_the_daemon_dies(prepared: Performer) -> None:
     for what, steps in COPIES.items():
         expected = prepared.perform(what, None)
@@ -282,23 +289,14 @@ with open(stop + number, "ab", buffering=0) as progress:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    ("name", "resend", "kills"),
-    [("root", True, 30), ("user", True, 10), ("user", False, 10)],
-    ids=["root", "user", "user-no-resend"],
-)
 def test_three_clients_and_many_kills(
     all_identities: dict[str, Identity],
     new_mount: MakeMount,
     figures: Callable[[str], None],
-    request: pytest.FixtureRequest,
     name: str,
     resend: bool,
     kills: int,
 ) -> None:
-    """A hundred kills with ``--every-step``."""
-    if request.config.getoption("--every-step"):
-        kills = 100
     if name not in all_identities:
         pytest.skip("root runs this")
     mount = new_mount(all_identities[name], mounted=False)
