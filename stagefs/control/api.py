@@ -120,6 +120,7 @@ class Operations(enum.Enum):
         "queue/cancel", queue_values.CancelUploads, queue_values.UploadsChanged
     )
     REMOTE_LIST = Operation("remotes/list", values.Empty, remote_values.RemoteList)
+    REMOTE_ACCESS = Operation("remotes/access", remote_values.SetAccess, values.Empty)
     QUEUE_FLUSH = Operation("queue/flush", queue_values.Flush, queue_values.Flushed, long=True)
 
 
@@ -223,6 +224,8 @@ class Area(Protocol):
     ) -> values.CacheUsage: ...
 
     async def remote_list(self, request: values.Empty) -> remote_values.RemoteList: ...
+
+    async def remote_access(self, request: remote_values.SetAccess) -> values.Empty: ...
 
     async def queue_list(self, request: queue_values.ListUploads) -> queue_values.UploadPage: ...
 

@@ -35,6 +35,7 @@ from stagefs.control.api import (
 )
 from stagefs.errors import NoDaemon, StageFSError
 from stagefs.model import Checksum
+from stagefs.remote.access import Access
 from stagefs.remote.health import RemoteStatus
 from stagefs.staging import queue_values, remote_values, replica_values, values
 from stagefs.staging.manifest import Manifest, Output, checked, expand_mirrors, with_more
@@ -404,6 +405,12 @@ class Client:
     def remote_list(self) -> list[RemoteStatus]:
         """How each remote in use fares, by URL."""
         return self._short(Operations.REMOTE_LIST, values.Empty(), remote_values.RemoteList).remotes
+
+    def remote_access(self, url: str, access: Access) -> None:
+        """Reach the host of ``url`` with these keys from now on.  They are kept with the mount's
+        other secrets and shown to nobody."""
+        request = remote_values.SetAccess(url, access)
+        self._short(Operations.REMOTE_ACCESS, request, values.Empty)
 
     # The stage-out queue
 

@@ -13,6 +13,7 @@ links), so it becomes ``***`` and a few digits of a keyed digest.
 What is remembered lies in one JSON file (mode 0600, replaced as a whole), so that a restarted
 daemon can go on.  A password is kept per user and host, so that it serves every URL below
 it; a query is kept per URL, and registering the URL again with a fresh signature replaces it.
+What a program said of one host through the control socket (``access``) is kept here too, per host.
 Other credentials (agent, netrc, AWS profiles) never pass here.
 
 Writing happens in the trio thread and is short; reading is a dictionary look-up and may
@@ -29,6 +30,7 @@ from pathlib import Path
 import msgspec
 
 from stagefs.errors import AccessDenied, NewerFormat, UnsuitableState
+from stagefs.remote.access import Access
 from stagefs.remote.url import HIDDEN, HTTP_SCHEMES, RemoteUrl, normalize, parse
 
 FORMAT_VERSION = 1
@@ -95,6 +97,18 @@ class CredentialStore:
         if parts.query is not None and HIDDEN in parts.query:
             parts = msgspec.structs.replace(parts, query=self._known(_query_key(url), url))
         return str(parts)
+
+    def access(self, host_url: str) -> Access:
+        """What was said of the host, or nothing."""
+        kept = self._secrets.get(_access_key(host_url))
+        return Access() if kept is None else msgspec.json.decode(kept, type=Access)
+
+    def keep_access(self, host_url: str, access: Access) -> bool:
+        """Whether that is news.  In place of what was said of the host before."""
+        if self.access(host_url) == access:
+            return False
+        self._remember({_access_key(host_url): msgspec.json.encode(access).decode()})
+        return True
 
     def _known(self, key: str, url: str) -> str:
         try:
@@ -164,6 +178,10 @@ def _password_key(parts: RemoteUrl) -> str:
 
 def _query_key(public_url: str) -> str:
     return f"query:{public_url}"
+
+
+def _access_key(host_url: str) -> str:
+    return f"access:{host_url}"
 
 
 def _load(path: Path) -> _Stored | None:

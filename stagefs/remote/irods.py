@@ -67,6 +67,9 @@ class IrodsRemote(BlockingRemote):
         super().__init__(settings)
         self._host_url = host_url
         self._credentials = credentials
+        self._access = credentials.access(host_url)
+        # By the client's name of it: from which resource a replica is read.
+        self._options = {} if self._access.resource is None else {"rescName": self._access.resource}
         # Sessions that nobody uses now; appended and popped in single steps.
         self._idle: list[Any] = []
 
@@ -107,7 +110,9 @@ class IrodsRemote(BlockingRemote):
         data = memoryview(bytearray(span.length))
         filled = 0
         with self._session(info.url) as session:
-            handle, raw = session.data_objects.open_with_FileRaw(parse(info.url).path, "r")
+            handle, raw = session.data_objects.open_with_FileRaw(
+                parse(info.url).path, "r", **self._options
+            )
             with contextlib.closing(handle):
                 raw.seek(span.start)
                 while filled < span.length:
@@ -132,8 +137,10 @@ class IrodsRemote(BlockingRemote):
                 f"{url} needs the package python-irodsclient: install stagefs[irods]."
             ) from exc
         parts = parse(self._credentials.reveal(url))
+        told = {} if (name := self._access.application) is None else {"application_name": name}
         if parts.password is not None:
             session = new_session(
+                **told,
                 host=parts.host,
                 port=parts.port or DEFAULT_PORT,
                 user=parts.user,
@@ -141,7 +148,7 @@ class IrodsRemote(BlockingRemote):
                 zone=parts.path.split("/")[1],
             )
         else:
-            session = new_session(irods_env_file=str(self._environment_file(url)))
+            session = new_session(irods_env_file=str(self._environment_file(url)), **told)
             if (session.host, session.port) != (parts.host, parts.port or DEFAULT_PORT):
                 raise AccessDenied(
                     f"The iRODS environment is for {session.host}:{session.port}, not for the "

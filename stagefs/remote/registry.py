@@ -20,6 +20,7 @@ import trio
 
 from stagefs.errors import InvalidUrl, StageFSError
 from stagefs.remote import plugins
+from stagefs.remote.access import Access, checked
 from stagefs.remote.base import Remote
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.guard import GuardedRemote, MeasuredRemote
@@ -134,6 +135,16 @@ class Remotes:
         """As ``public``, for many at once (catalogs)."""
         return self._credentials.public_many(urls)
 
+    def set_access(self, url: str, access: Access) -> None:
+        """How the host of the URL is reached from now on.  Raises InvalidUrl."""
+        host_url = checked(url, access)
+        if not self._credentials.keep_access(host_url, access):
+            return
+        served = self._served.pop(host_url, None)
+        if served is not None:
+            # What it is asked now fails with it, as when a server breaks a connection.
+            trio.lowlevel.spawn_system_task(served.whole.aclose)
+
     def statuses(self) -> list[RemoteStatus]:
         """How each remote fares that is in use, by URL."""
         now_s = trio.current_time()
@@ -148,7 +159,7 @@ class Remotes:
     def _made(self, scheme: str, host_url: str) -> _Served:
         make = self._drivers.get(scheme) or _imported(scheme, host_url)
         self._make_room()
-        settings = self._settings.for_scheme(scheme)
+        settings = self._credentials.access(host_url).applied(self._settings.for_scheme(scheme))
         driver = make(host_url, settings, self._credentials)
         health = Health(settings.concurrency * 2 + settings.lookups + BATCHES)
         limited = LimitedRemote(MeasuredRemote(driver, health), settings)

@@ -50,7 +50,8 @@ class Order(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Connect(Order, frozen=True, array_like=True, tag=True, kw_only=True):
-    """The first order: how to reach the host.  ``user`` and ``port`` None: as ssh knows."""
+    """The first order: how to reach the host.  ``user`` and ``port`` None: as ssh knows.
+    ``key_file``: the private key to try first."""
 
     host: str
     port: int | None
@@ -64,6 +65,7 @@ class Connect(Order, frozen=True, array_like=True, tag=True, kw_only=True):
     connect_timeout_s: float
     answer_timeout_s: float
     progress_timeout_s: float
+    key_file: str | None = None
 
 
 class Stat(Order, frozen=True, array_like=True, tag=True):

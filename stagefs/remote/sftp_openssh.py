@@ -168,6 +168,9 @@ def _command(order: Connect) -> list[str]:
         command += ["-l", order.user]
     if order.port is not None:
         command += ["-p", str(order.port)]
+    if order.key_file is not None:
+        # The file's name is no secret.  Keys of the configuration come after it, the agent's never.
+        command += ["-o", "IdentitiesOnly=yes", "-i", order.key_file]
     return command
 
 

@@ -186,6 +186,8 @@ def _open_channel(client: paramiko.SSHClient, order: Connect) -> paramiko.Channe
     client.set_missing_host_key_policy(paramiko.RejectPolicy())
     only_given = str(found.get("identitiesonly", "no")) == "yes"
     keys = [str(name) for name in found.get("identityfile", []) if Path(name).is_file()]
+    if order.key_file is not None:
+        only_given, keys = True, [order.key_file]
     client.connect(
         host,
         port=port,

@@ -312,6 +312,7 @@ def _connect_order(
         connect_timeout_s=settings.connect_timeout_s,
         answer_timeout_s=settings.answer_timeout_s,
         progress_timeout_s=settings.progress_timeout_s,
+        key_file=credentials.access(host_url).key_file,
     )
 
 

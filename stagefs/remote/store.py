@@ -514,10 +514,13 @@ def _new_store(host_url: str, settings: RemoteSettings, credentials: CredentialS
 
 
 def _keys_of_url(host_url: str, credentials: CredentialStore) -> aws.Keys | None:
-    """``s3://KEY:SECRET@bucket/...`` brings its own keys."""
+    """``s3://KEY:SECRET@bucket/...`` brings its own keys; others may have been given."""
     parts = parse(host_url)
     if parts.user is None:
-        return None
+        given = credentials.access(host_url)
+        if given.access_key_id is None or given.secret_access_key is None:
+            return None
+        return aws.Keys(given.access_key_id, given.secret_access_key)
     public = f"s3://{parts.user}:{HIDDEN}@{parts.authority}/"
     return aws.Keys(parts.user, parse(credentials.reveal(public)).password or "")
 

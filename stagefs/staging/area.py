@@ -406,6 +406,10 @@ class StagingArea:
         del request
         return remote_values.RemoteList(self._remotes.statuses())
 
+    async def remote_access(self, request: remote_values.SetAccess) -> values.Empty:
+        self._remotes.set_access(request.url, request.access)
+        return values.Empty()
+
     # The stage-out queue
 
     async def queue_list(self, request: queue_values.ListUploads) -> queue_values.UploadPage:

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from stagefs.remote.access import Access
 from stagefs.remote.health import RemoteStatus
 
 
@@ -9,3 +10,10 @@ class RemoteList(msgspec.Struct, frozen=True):
     """By URL.  A remote is in use from its first request on, while there are not too many."""
 
     remotes: list[RemoteStatus]
+
+
+class SetAccess(msgspec.Struct, frozen=True):
+    """How the host of ``url`` is reached from now on, by everybody who uses the mount."""
+
+    url: str
+    access: Access
