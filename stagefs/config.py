@@ -104,6 +104,9 @@ class ReadSettings(msgspec.Struct, frozen=True, kw_only=True):
     small_batches_in_flight: Count = 4
     small_ahead_max: Count = 512
     """So many siblings of a small file are fetched ahead when they are opened in turn."""
+    learned_ahead_bytes_max: Bytes = 256 * MIB
+    """So much of the inputs that a task is likely to use next is fetched ahead of it, in the order
+    in which earlier tasks with inputs of the same names used theirs; 0: nothing is learned."""
     affinity: str | None = None
     """Where this node is, as ``datacenter/machine``: of several replicas of an object, the one
     whose affinity shares the most leading parts with it is read."""
@@ -262,6 +265,9 @@ class BatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Outputs that are not uploaded by then are kept, and the job is in error."""
     wait_s: Seconds = 30.0
     """A prolog waits so long for a server that is away, before the job is rescheduled."""
+    cache_keep_s: Seconds = 600.0
+    """The cache of a user's jobs on a node outlives the last of them so long (0: not at all); the
+    next prolog or epilog on the node removes what is older."""
     attempts: Count = 5
     """Prologs of one job on one machine that fail for a reason that may pass; then the job is in
     error."""
@@ -547,10 +553,12 @@ def value_text(key: str, value: object) -> str:
 
 
 class Lifetime(msgspec.Struct, frozen=True):
-    """How long a mount lives.  ``pid`` is set for ``pid:N`` only."""
+    """How long a mount lives.  ``pid`` is set for ``pid:N`` only, ``directory`` for
+    ``jobs:DIRECTORY``, which prologs of batch systems use: as long as a job is registered there."""
 
-    kind: Literal["pid", "job", "forever"]
+    kind: Literal["pid", "job", "jobs", "forever"]
     pid: int | None = None
+    directory: str | None = None
 
 
 def parse_lifetime(text: str) -> Lifetime:
@@ -562,6 +570,8 @@ def parse_lifetime(text: str) -> Lifetime:
     kind, _, number = text.partition(":")
     if kind == "pid" and number.isascii() and number.isdigit() and int(number) > 0:
         return Lifetime("pid", int(number))
+    if kind == "jobs" and os.path.isabs(number):
+        return Lifetime("jobs", directory=number)
     raise InvalidConfig(f"{text!r} is no lifetime: write pid:N, job or forever.")
 
 

@@ -11,46 +11,32 @@ other would take the queue instance out of service.
 """
 
 import contextlib
-import math
 import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 
 from stagefs.config import Settings, environment, load_settings
-from stagefs.control.client import Refused
 from stagefs.errors import (
     InvalidName,
     RemoteError,
     StageFSError,
 )
-from stagefs.integrations.batch_mount import (
-    JobMount,
-    Owner,
-    ending_within,
-    owner_of,
-)
+from stagefs.integrations.batch_mount import JobMount, Owner, keeper_text, owner_of
 from stagefs.integrations.batch_outcome import is_transient
 from stagefs.integrations.batch_requests import PathMap, Submission, declared
+from stagefs.integrations.batch_staging import JobStaging
 from stagefs.staging.manifest import Manifest, Output
-from stagefs.staging.queue_values import Flushed
 
 TESTED_WITH = ("Grid Engine 8.1.9 (Debian 12)",)
 
 OK, AGAIN, JOB_ERROR = 0, 99, 100
 SHEPHERD = "sge_shepherd"
-JOB, STREAMS = "job", "streams"
 LINK_NAME = "stagefs"
 UNUSED = {"", '""', "/dev/null"}
-# The rest is for what comes after the uploads.
-FLUSH_SHARE = 0.8
-ASK_AGAIN_S = 1.0
 
 
 class Stream(msgspec.Struct, frozen=True):
@@ -129,21 +115,29 @@ def spool_directory() -> Path:
     named = environment().get("SGE_JOB_SPOOL_DIR")
     if os.geteuid() != 0 and named:
         return Path(named)
+    with contextlib.suppress(OSError):
+        if (pid := shepherd()) is not None:
+            return Path(f"/proc/{pid}/cwd").readlink()
+    raise InvalidName(
+        f"No {SHEPHERD} has started this: `stagefs prolog --scheduler grid-engine` and `stagefs"
+        " epilog` are for Grid Engine's configuration."
+    )
+
+
+def shepherd() -> int | None:
+    """The process that lives as long as the job."""
     pid = os.getppid()
     while pid > 1:
         process = Path(f"/proc/{pid}")
         try:
             if (process / "comm").read_text("utf-8", "replace").strip() == SHEPHERD:
-                return (process / "cwd").readlink()
+                return pid
             pid = int(
                 (process / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[1]
             )
         except OSError:
             break
-    raise InvalidName(
-        f"No {SHEPHERD} has started this: `stagefs prolog --scheduler grid-engine` and `stagefs"
-        " epilog` are for Grid Engine's configuration."
-    )
+    return None
 
 
 def prolog(config_file: Path | None = None) -> int:
@@ -194,20 +188,27 @@ class _Staging:
         self._owner = owner
         self._settings = settings.batch
         self._paths = PathMap(settings.path_map, socket.gethostname())
-        self._mount = JobMount(job.name, owner, settings, config_file=config_file)
-        self._ends_s = math.inf
+        pid = shepherd()
+        self._mount = JobMount(
+            job.name,
+            owner,
+            settings,
+            config_file=config_file,
+            keeper="" if pid is None else keeper_text(pid),
+        )
+        self._staging = JobStaging(self._mount, owner, settings.batch)
 
     def prolog(self) -> int:
         with self._owner.acting():
             manifest = declared(self._job.variables, self._job.submission, self._paths)
         streams = self._streams_manifest()
-        if manifest is None and streams is None:
+        wanted = {self._mount.sandbox: manifest, self._mount.streams: streams}
+        sandboxes = {name: one for name, one in wanted.items() if one is not None}
+        if not sandboxes:
             return OK
         try:
-            if self._mount.is_mounted or self._mount.has_state:
-                # The job ran here before, and its epilog could not bring all of it away.
-                self._finish()
-            self._begin(manifest, streams)
+            self._staging.finish_earlier()
+            self._staging.begin(sandboxes, then=self._link)
         except Exception as exc:
             if not is_transient(exc):
                 raise
@@ -218,21 +219,6 @@ class _Staging:
             raise RemoteError(f"{exc} (tried {attempts} times)") from exc
         self._mount.forget_attempts()
         return OK
-
-    def _begin(self, manifest: Manifest | None, streams: Manifest | None) -> None:
-        """The state directory is a new one: nothing in it is lost when this fails."""
-        try:
-            with self._within(self._settings.prolog_deadline_s, "The prolog"):
-                self._stage_in(manifest, streams)
-        except BaseException:
-            self._mount.end()
-            self._mount.forget()
-            raise
-
-    def _within(self, deadline_s: float, what: str) -> AbstractContextManager[None]:
-        """Raises DeadlineExceeded: the shepherd itself waits for ever."""
-        self._ends_s = time.monotonic() + deadline_s
-        return ending_within(deadline_s, what)
 
     def _streams_manifest(self) -> Manifest | None:
         """The streams as inputs and outputs of a sandbox; None when none is staged."""
@@ -255,73 +241,27 @@ class _Staging:
             ],
         )
 
-    def _stage_in(self, manifest: Manifest | None, streams: Manifest | None) -> None:
-        self._mount.start()
-        wait_until_s = time.monotonic() + self._settings.wait_s
-        for name, wanted in ((JOB, manifest), (STREAMS, streams)):
-            if wanted is not None:
-                self._create(name, wanted, wait_until_s)
-        if manifest is not None:
-            self._mount.link(self._job.scratch / LINK_NAME, self._mount.sandbox_path(JOB))
+    def _link(self) -> None:
+        """From the job's scratch directory to what it stages."""
+        if self._mount.has_sandbox(self._mount.sandbox):
+            place = self._mount.path_of(self._mount.sandbox)
+            self._mount.link(self._job.scratch / LINK_NAME, place)
         if (stdin := self._job.streams.stdin) is not None:
-            place = self._mount.sandbox_path(STREAMS) / stdin.name
+            place = self._mount.path_of(self._mount.streams) / stdin.name
             self._mount.link(self._job.scratch / stdin.name, place)
 
-    def _create(self, name: str, manifest: Manifest, wait_until_s: float) -> None:
-        pause = threading.Event()
-        while True:
-            try:
-                with self._owner.acting():
-                    self._mount.client.sandbox_create(name, manifest)
-            except Refused as refused:
-                if not is_transient(refused) or time.monotonic() > wait_until_s:
-                    raise
-                pause.wait(ASK_AGAIN_S)
-            else:
-                return
-
     def epilog(self) -> int:
-        if self._mount.is_mounted or self._mount.has_state:
-            self._finish()
+        if self._mount.is_registered:
+            self._staging.finish(first=self._absorb)
         return OK
 
-    def _finish(self) -> None:
-        """Outputs to where they shall be, then nothing is left.  Raises when some are not; they
-        stay in the state directory, and this can be repeated."""
-        try:
-            with self._within(self._settings.epilog_deadline_s, "The epilog"):
-                if not self._mount.is_mounted:
-                    self._mount.start()  # it died; what is in its state directory did not
-                flushed = self._stage_out()
-        finally:
-            self._mount.end()
-        if flushed is not None:
-            reasons = [upload.reason for upload in flushed.examples if upload.reason]
-            left = flushed.left.waiting + flushed.left.failed + flushed.left.prepared
-            raise RemoteError(
-                f"{left} outputs of job {self._job.name} are not uploaded"
-                f" ({(reasons or ['the servers did not take them in time'])[0].rstrip('.')}): they"
-                f" are kept in {self._mount.state} on {socket.gethostname()}, and `stagefs mount"
-                " --state` of it goes on."
-            )
-        self._mount.forget()
-
-    def _stage_out(self) -> Flushed | None:
-        """What is left after all uploads that were possible; None: nothing."""
-        client = self._mount.client
-        if self._mount.has_sandbox(STREAMS):
+    def _absorb(self) -> None:
+        """Output and error, which the job has written as real files."""
+        streams = self._mount.streams
+        if self._mount.has_sandbox(streams):
             with self._owner.acting(), contextlib.suppress(FileNotFoundError):
                 if self._job.scratch.stat():
-                    client.sandbox_absorb(STREAMS, str(self._job.scratch))
-        for name in (JOB, STREAMS):
-            if self._mount.has_sandbox(name):
-                with self._owner.acting():
-                    client.sandbox_commit(name)
-        with self._owner.acting():
-            left_s = max(0.0, self._ends_s - time.monotonic())
-            flushed = client.flush(left_s * FLUSH_SHARE)
-        left = flushed.left
-        return flushed if left.waiting or left.failed or left.prepared else None
+                    self._mount.client.sandbox_absorb(streams, str(self._job.scratch))
 
 
 def _literally(name: str) -> str:

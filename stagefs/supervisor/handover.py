@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stagefs.supervisor.lifetime import LivingProcess
+from stagefs.supervisor.lifetime import Lifetime, LivingJobs, LivingProcess
 from stagefs.supervisor.mounts import Refused
 
 NAME = "supervisor.sock"
@@ -38,7 +38,7 @@ class Facts:
 
     init: str  # the INIT that each daemon gets, hexadecimal
     resend: bool
-    lifetime: LivingProcess | None
+    lifetime: Lifetime | None
     notify_socket: str | None
 
 
@@ -142,8 +142,12 @@ def take(state: Path, *, timeout_s: float) -> Taken:
             exit_code=1,
         )
     named = words.pop("lifetime")
-    facts = Facts(lifetime=LivingProcess(**named) if named else None, **words)
+    facts = Facts(lifetime=_lifetime(named) if named else None, **words)
     return Taken(connection, fds[0], fds[1], facts)
+
+
+def _lifetime(named: dict[str, Any]) -> Lifetime:
+    return LivingJobs(**named) if "directory" in named else LivingProcess(**named)
 
 
 def _received(connection: socket.socket, timeout_s: float) -> tuple[dict[str, Any], list[int]]:

@@ -1,4 +1,5 @@
-"""How long a mount lives: until a process ends, until the batch job ends, or for ever.
+"""How long a mount lives: until a process ends, until the batch job (or the last of several) ends,
+or for ever.
 
 A process is (pid, start time), so that a reused pid is never taken for it.
 """
@@ -19,6 +20,34 @@ class LivingProcess:
 
     def is_alive(self) -> bool:
         return read_process(self.pid) == self
+
+
+@dataclass(frozen=True)
+class LivingJobs:
+    """The batch jobs that share a mount: a file for each in a directory, made by the job's prolog
+    and removed by its epilog.  It holds "PID START" of the process that lives as long as the job,
+    or nothing where the batch system has none."""
+
+    directory: str
+
+    def is_alive(self) -> bool:
+        try:
+            return any(_is_running(entry) for entry in Path(self.directory).iterdir())
+        except FileNotFoundError:
+            return False
+
+
+def _is_running(job: Path) -> bool:
+    try:
+        words = job.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        return True
+    return LivingProcess(int(words[0]), int(words[1])).is_alive()
+
+
+Lifetime = LivingProcess | LivingJobs
 
 
 def read_process(pid: int) -> LivingProcess | None:
@@ -58,8 +87,10 @@ def job_keeper() -> LivingProcess | None:
     return None
 
 
-def parse_lifetime(text: str) -> LivingProcess | None:
-    """``pid:N``, ``job`` or ``forever`` (None).  Raises ValueError with a sentence."""
+def parse_lifetime(text: str) -> Lifetime | None:
+    """``pid:N``, ``job``, ``jobs:DIRECTORY`` or ``forever`` (None).
+
+    Raises ValueError with a sentence."""
     if text == "forever":
         return None
     if text == "job":
@@ -71,6 +102,8 @@ def parse_lifetime(text: str) -> LivingProcess | None:
             )
         return keeper
     kind, _, number = text.partition(":")
+    if kind == "jobs" and os.path.isabs(number):
+        return LivingJobs(number)
     if kind != "pid" or not number.isdecimal():
         raise ValueError(f"The lifetime {text!r} is none of pid:N, job, forever.")
     found = read_process(int(number))
@@ -79,9 +112,9 @@ def parse_lifetime(text: str) -> LivingProcess | None:
     return found
 
 
-def open_pidfd(living: LivingProcess | None) -> int | None:
+def open_pidfd(living: Lifetime | None) -> int | None:
     """Wakes a loop at the end of that process; without it the clock does, within a second."""
-    if living is None:
+    if not isinstance(living, LivingProcess):
         return None
     try:
         return os.pidfd_open(living.pid)

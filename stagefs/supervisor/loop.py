@@ -248,7 +248,7 @@ class Supervisor:
             if self._stop_reason:
                 return self._stop_reason
             if self._lifetime is not None and not self._lifetime.is_alive():
-                return "the process that the lifetime names has ended"
+                return "what the lifetime names has ended"
             if leftovers.is_disconnected(self._device):
                 return "unmounted from outside"
             if self._daemon.exit_status() is not None or self._daemon.is_stuck():

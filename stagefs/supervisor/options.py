@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagefs.supervisor.daemons import Credentials
-from stagefs.supervisor.lifetime import LivingProcess
+from stagefs.supervisor.lifetime import Lifetime
 from stagefs.supervisor.mounts import Owner
 
 
@@ -16,7 +16,7 @@ class Options:
     daemon_argv: Sequence[str]
     allow_other: bool
     resend: bool
-    lifetime: LivingProcess | None
+    lifetime: Lifetime | None
     owner: Owner
     credentials: Credentials | None
     read_ahead_kib: int

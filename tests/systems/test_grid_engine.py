@@ -146,6 +146,8 @@ def settings(top: Path, sshd: Sshd) -> Path:
         f'[remote.ssh]\nconfig = "{sshd.ssh_config}"\nattempts = 1\n'
         "connect_timeout_s = 2\n"
         f"[batch]\nwait_s = 0\nattempts = {ATTEMPTS}\nepilog_deadline_s = 10\n"
+        # So that nothing at all is left after each test.
+        "cache_keep_s = 0\n"
         f'[path_map]\n"sgehost:/data" = "{sshd.url_of(top / "data")}"\n'
     )
     return path

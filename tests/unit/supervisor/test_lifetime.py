@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,22 @@ def test_the_same_number_is_not_the_same_process() -> None:
 def test_what_is_no_lifetime(text: str) -> None:
     with pytest.raises(ValueError, match="none of pid:N, job, forever"):
         parse_lifetime(text)
+
+
+def test_jobs_live_as_long_as_one_of_them(tmp_path: Path) -> None:
+    jobs = parse_lifetime(f"jobs:{tmp_path}")
+    assert jobs is not None
+    assert not jobs.is_alive(), "no job is there"
+    this = read_process(os.getpid())
+    assert this is not None
+    (tmp_path / "ended").write_text(f"{this.pid} {this.start_time - 1}")
+    assert not jobs.is_alive(), "its process has ended, and another one has its number"
+    (tmp_path / "running").write_text(f"{this.pid} {this.start_time}")
+    assert jobs.is_alive()
+    (tmp_path / "running").write_text("")
+    assert jobs.is_alive(), "it has no process, so it lives until it is removed"
+    (tmp_path / "running").unlink()
+    assert not jobs.is_alive()
+    (tmp_path / "ended").unlink()
+    tmp_path.rmdir()
+    assert not jobs.is_alive()
