@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-systems check lint types layers wheel format bench bench-systems clean
+.PHONY: help setup demo test test-systems check lint types layers wheel dist format bench bench-systems clean
 
 help: ## these lines
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,10 @@ layers: setup
 
 wheel: setup
 	tools/check/wheel.sh
+
+dist: setup ## dist/stagefs-VERSION-linux-x86_64.tar.gz: runs where only fusermount3 and glibc are
+	@vagrant/provision/debian.sh patchelf binutils
+	@$(BIN)/python -m relocatable $(ARGS)
 
 format: setup ## let ruff put the code in order
 	$(BIN)/ruff check --fix

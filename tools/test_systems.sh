@@ -21,9 +21,10 @@ prepare() {
   printf '%s\n' "$wanted" >"$directory/stagefs-setup"
 }
 
-# Debian's own packages of batch systems; their services are not started, the tests run them on
-# private machines.
-systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2)
+# Debian's own packages of batch systems, whose services are not started: the tests run them on
+# private machines. And what makes and tries the relocatable tarball.
+systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2
+         patchelf binutils mmdebstrap)
 vagrant/provision/debian.sh "${systems[@]}"
 
 # PyOpus's sources ask for old build tools, and have the demonstrations that are not installed.  Its
@@ -39,6 +40,20 @@ prepare_pyopus() {
   tar -xzf $top/PyOPUS-0.9.tar.gz -C $top --strip-components=1 PyOPUS-0.9/demo
 }
 
+# `make dist` is tried on a machine that has nothing but it and fuse3.
+bare=.venvs/debian-12
+prepare_bare_machine() {
+  if [ "$(id -u)" != 0 ]; then return; fi  # its test needs root too
+  if [ ! -e $bare/etc/os-release ]; then
+    printf 'test-systems: bootstrapping Debian 12 into %s\n' "$bare" >&2
+    rm -rf --one-file-system $bare.partial
+    mmdebstrap --quiet --variant=minbase --include=fuse3 bookworm $bare.partial \
+      http://deb.debian.org/debian
+    mv -T $bare.partial $bare
+  fi
+  .venv/bin/python -m relocatable --into .venvs/dist
+}
+
 mkdir -p .venvs
 (
   # Two started at once must not build one environment between them.
@@ -49,6 +64,7 @@ mkdir -p .venvs
     zarr==3.1.6
   prepare pyopus 'numpy<2'
   prepare grid-engine drmaa==0.7.9
+  prepare_bare_machine
 ) 9<tools/test_systems.sh
 
 exec .venv/bin/python -m pytest tests/systems "$@"
