@@ -46,6 +46,7 @@ from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.bindings import Bindings
 from stagefs.vfs.changes import Changes, Owner
 from stagefs.vfs.copying import Copying, Pending
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.recording import Recording
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from stagefs.vfs.workspace import Workspace, Writers
@@ -241,6 +242,12 @@ class Core:
             made_for_all=self.workspace.made_for_all,
             links_changed=invalidations.inode,
         )
+        self.learning = Learning(
+            namespace=namespace,
+            objects=self.objects,
+            ahead_bytes_max=settings.read.learned_ahead_bytes_max,
+            directory=state,
+        )
         self.recording = Recording(namespace, pending, live=self.local.live)
         self.owner = Owner(os.geteuid(), os.getegid())
         self.changes = Changes(
@@ -249,6 +256,7 @@ class Core:
             attributes=Attributes(self.objects, self._pins, namespace.uploads_of),
             workspace=self.workspace,
             copying=self.copying,
+            learning=self.learning,
             roots=SandboxRoots(namespace, settings.workspace),
             settings=settings.namespace,
             owner=self.owner,
@@ -263,6 +271,7 @@ class Core:
             remotes=resources.remotes,
             invalidations=invalidations,
             changes=self.changes,
+            learning=self.learning,
             workspace=self.workspace,
             stage_out=self.stage_out,
             settings=settings,
@@ -293,6 +302,7 @@ class Core:
         """Everything runs and the control socket answers.  The nursery is for what comes on top; it
         is cancelled at the end."""
         async with (
+            self.learning.running(),
             self.objects.running(),
             self.bindings.running(),
             self.stage_out.running(),
@@ -328,6 +338,7 @@ class Core:
         while self.namespace.purge():
             await trio.lowlevel.checkpoint()
         self.workspace.names_went()
+        await self.learning.write_down()
         self.recording.write_down()
         await self.area.keep_house()
         await quietly(self.namespace.checkpoint)

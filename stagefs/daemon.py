@@ -116,6 +116,7 @@ class Daemon:
             workspace=core.workspace,
             copying=core.copying,
             recording=core.recording,
+            learning=core.learning,
             settings=settings.namespace,
         )
         self._operations = StageFSOperations(

@@ -267,11 +267,19 @@ def unpin(subjects: tuple[str, ...], mountpoint: str | None, as_json: bool) -> N
 
 @stagefs_cache.command()
 @click.argument("subjects", nargs=-1, required=True, metavar="NAME...")
+@click.option(
+    "--priority",
+    type=click.IntRange(-100, 100),
+    default=0,
+    help="Of several warm commands the files of the one with the highest go first.",
+)
 @mount_option
 @json_option
-def warm(subjects: tuple[str, ...], mountpoint: str | None, as_json: bool) -> None:
+def warm(
+    *, subjects: tuple[str, ...], priority: int, mountpoint: str | None, as_json: bool
+) -> None:
     """Fetch files, and directories with all that is below them, now."""
-    cache_live.warm(mountpoint, subjects, as_json=as_json)
+    cache_live.warm(mountpoint, subjects, priority=priority, as_json=as_json)
 
 
 @stagefs_cache.command()

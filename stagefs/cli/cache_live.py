@@ -136,11 +136,13 @@ def pin(mountpoint: str | None, subjects: tuple[str, ...], *, pinned: bool, as_j
         )
 
 
-def warm(mountpoint: str | None, subjects: tuple[str, ...], *, as_json: bool) -> None:
+def warm(
+    mountpoint: str | None, subjects: tuple[str, ...], *, priority: int, as_json: bool
+) -> None:
     chosen = target(mountpoint)
     paths = [chosen.path(subject) for subject in subjects]
     with progress_bar(quiet=as_json) as progress:
-        warmed = chosen.client.cache_warm(paths, progress=progress)
+        warmed = chosen.client.cache_warm(paths, priority=priority, progress=progress)
     if as_json:
         print_json(warmed)
     else:

@@ -377,10 +377,11 @@ class Client:
         return self._long(Operations.CACHE_PIN, request, values.Pinned, progress)
 
     def cache_warm(
-        self, paths: Sequence[str], *, progress: ProgressCallback = _ignore
+        self, paths: Sequence[str], *, priority: int = 0, progress: ProgressCallback = _ignore
     ) -> values.Warmed:
-        """Fetch everything below ``paths``, and prove declared checksums."""
-        request = values.Warm(list(paths))
+        """Fetch everything below ``paths``, and prove declared checksums.  Files of requests with a
+        higher ``priority`` go first."""
+        request = values.Warm(list(paths), priority)
         return self._long(Operations.CACHE_WARM, request, values.Warmed, progress)
 
     def cache_cleanup(

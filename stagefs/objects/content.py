@@ -335,14 +335,16 @@ class Counters:
     """Running figures for status and metrics."""
 
     __slots__ = (
-        "batches", "checksum_mismatches", "failed_fetches", "fetched_bytes", "fetches",
-        "in_flight_bytes", "reads_slow", "small_objects", "unexpected", "volatile_objects",
+        "ahead_objects", "batches", "checksum_mismatches", "failed_fetches", "fetched_bytes",
+        "fetches", "in_flight_bytes", "reads_slow", "small_objects", "unexpected",
+        "volatile_objects",
     )  # fmt: skip
 
     def __init__(self) -> None:
         for name in self.__slots__:
             setattr(self, name, 0)
 
+    ahead_objects: int
     fetched_bytes: int
     fetches: int
     failed_fetches: int

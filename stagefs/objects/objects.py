@@ -31,7 +31,7 @@ from stagefs.objects.content import (
     ReadableEntry,
 )
 from stagefs.objects.contents import Contents
-from stagefs.objects.fetching import Fetcher
+from stagefs.objects.fetching import SPAN_BYTES_MAX, Fetcher
 from stagefs.objects.preparing import Preparing
 from stagefs.objects.proving import digest_of_file, mismatch
 from stagefs.objects.readahead import ReadAhead
@@ -347,19 +347,32 @@ class Objects:
 
     async def _fetch_whole(self, content: Content, progress: Callable[[int], None]) -> None:
         """Return when every chunk is verified.  Progress is told in bytes from the start."""
-        whole = Span(0, content.size_bytes)
+        await self._fetch_first(
+            content, content.size_bytes, progress, window_bytes=self._settings.window_bytes_max
+        )
+
+    async def _fetch_first(
+        self,
+        content: Content,
+        count: int,
+        progress: Callable[[int], None],
+        *,
+        window_bytes: int,
+    ) -> None:
+        """The same for the first ``count`` bytes, of which so many are asked for ahead."""
+        wanted = Span(0, count)
         while True:
             entry = content.entry
             if entry is None:
                 raise RemoteError(f"{content.url} was dropped while it was being fetched")
-            chunk = content.first_unreadable(whole)
+            chunk = content.first_unreadable(wanted)
             if chunk is None:
-                progress(content.size_bytes)
+                progress(count)
                 return
             progress(chunk << entry.chunk_shift)
             start = chunk << entry.chunk_shift
             span = Span(start, min(entry.chunk_bytes, content.size_bytes - start))
-            window = Span(start, min(self._settings.window_bytes_max, content.size_bytes - start))
+            window = Span(start, min(window_bytes, max(count - start, span.length)))
             if entry.state[chunk] == PRESENT:
                 self._verify(content, window)
                 await content.shared["verify"].wait()
@@ -391,6 +404,33 @@ class Objects:
                 return
         finally:
             self.release(opened)
+
+    async def fetch_ahead(self, node: Node, bytes_max: int) -> None:
+        """Have the start of an object that nobody reads yet, ``bytes_max`` of it at most, with one
+        fetch at a time.  No deadline of its own, as ``warm``; who reads it is told of errors."""
+        if not node.size_bytes or self._cache is None:
+            return
+        opened = self.open(node, hoards=True)
+        content = self._content(opened)
+        try:
+            if content.whole is not None or (content.complete() and content.checksum_proved):
+                return
+            self.counters.ahead_objects += 1
+            await self._preparing.entry(content, ahead=True)
+            if content.entry is None:
+                return
+            count = min(bytes_max, content.size_bytes)
+            await self._fetch_first(
+                content, count, lambda _bytes: None, window_bytes=SPAN_BYTES_MAX
+            )
+            if content.serving is None and count == content.size_bytes:
+                await self._sharing.run(content, "prove", self._prove)
+        finally:
+            self.release(opened)
+
+    def ahead_bytes_max(self, wanted_bytes: int) -> int:
+        """How much of ``wanted_bytes`` may be fetched ahead into this cache."""
+        return self._room.ahead_bytes_max(wanted_bytes)
 
     def _kept_whole(self, content: Content) -> bool:
         if self._cache is None:

@@ -47,8 +47,9 @@ class Preparing:
         self._small = small
         self._walks = Walks(self._namespace, ahead_max=ahead_max, fetch_ahead=self._fetch_ahead)
 
-    async def entry(self, content: Content) -> None:
-        """Return when ``content`` has an entry, or is here whole."""
+    async def entry(self, content: Content, *, ahead: bool = False) -> None:
+        """Return when ``content`` has an entry, or is here whole.  ``ahead``: nobody waits for it,
+        and when too many small objects are wanted already, return without."""
         while content.entry is None and content.whole is None:
             if content.changed is not None:
                 raise content.changed
@@ -56,9 +57,11 @@ class Preparing:
                 assert self._walks is not None
                 self._fetcher.raise_failure(content, 0)
                 was_queued = SHARED_NAME in content.shared
-                shared = self._small.want(content, urgent=True)
-                assert shared is not None
-                if not was_queued:
+                shared = self._small.want(content, urgent=not ahead)
+                if shared is None:
+                    assert ahead
+                    return
+                if not was_queued and not ahead:
                     self._walks.missed(content.inode)
                 await shared.wait()
             elif content.validator is None and self._replicas.of(content) is not None:

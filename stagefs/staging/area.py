@@ -43,6 +43,7 @@ from stagefs.staging.tree import Invalidations, Tree, parse_place
 from stagefs.staging.values import ProgressCallback
 from stagefs.vfs.bindings import Bindings
 from stagefs.vfs.changes import Changes
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class StagingArea:
         invalidations: Invalidations,
         changes: Changes,
         workspace: Workspace,
+        learning: Learning,
         stage_out: StageOut,
         settings: Settings,
         mountpoint: str,
@@ -132,6 +134,7 @@ class StagingArea:
             tree=self._tree,
             building=building,
             leases=leases,
+            learning=learning,
             hidden_links=self.hidden_links,
             settings=settings.workspace,
         )
@@ -150,6 +153,7 @@ class StagingArea:
             sandboxes=self._sandboxes,
             building=building,
             leases=leases,
+            learning=learning,
             workspace=workspace,
             stage_out=stage_out,
             reached=commit_reached,
@@ -172,6 +176,7 @@ class StagingArea:
         await self._bound_uploads.begin()
         if is_new_mount:
             await self._sandboxes.begin_mount()
+        await self._sandboxes.watch_again()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

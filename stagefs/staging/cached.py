@@ -31,6 +31,7 @@ from stagefs.remote.registry import Remotes
 from stagefs.staging import values
 from stagefs.staging.names import first_error
 from stagefs.staging.tree import Place, Tree, parse_place
+from stagefs.staging.turns import Turns
 from stagefs.staging.values import Progress, ProgressCallback
 from stagefs.state_directory import cache_limits
 
@@ -68,6 +69,7 @@ class CacheOperations:
         self._objects = objects
         self._remotes = remotes
         self._tree = tree
+        self._warming = Turns(WARMED_AT_ONCE)
 
     @property
     def _cache(self) -> Cache:
@@ -288,7 +290,8 @@ class CacheOperations:
                 done[node.inode] = so_far
                 progress(Progress(f"fetching {place}", sum_of(done), total))
 
-            await self._objects.warm(node, landed)
+            async with self._warming.turn(request.priority):
+                await self._objects.warm(node, landed)
             done[node.inode] = node.size_bytes
 
         works: list[Callable[[], Awaitable[None]]] = [

@@ -57,6 +57,7 @@ from stagefs.staging.sandboxes import Found, SandboxOperations, record_from
 from stagefs.staging.stageout import StageOut
 from stagefs.staging.tree import Tree, parse_place
 from stagefs.staging.values import Progress, ProgressCallback, SandboxState
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Commits:
         sandboxes: SandboxOperations,
         building: Building,
         leases: SandboxLeases,
+        learning: Learning,
         workspace: Workspace,
         stage_out: StageOut,
         reached: Callable[[str], None] = lambda _step: None,
@@ -105,6 +107,7 @@ class Commits:
         self._sandboxes = sandboxes
         self._building = building
         self._leases = leases
+        self._learning = learning
         self._workspace = workspace
         self._stage_out = stage_out
         self._reached = reached
@@ -137,6 +140,7 @@ class Commits:
             record = await self._commit(found, outputs, progress)
         finally:
             self._sandboxes.committing.discard(inode)
+        self._learning.ended(inode)
         if not found.row.persistent:
             await self._leases.end(inode)
         return record

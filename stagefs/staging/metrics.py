@@ -43,6 +43,9 @@ METRICS = {
     "stagefs_fetched_bytes_total": Metric("counter", "Bytes that came from remotes."),
     "stagefs_fetches_total": Metric("counter", "Transfers begun; small objects come in batches."),
     "stagefs_fetch_batches_total": Metric("counter", "Batches of small objects."),
+    "stagefs_ahead_objects_total": Metric(
+        "counter", "Objects fetched ahead of a task's use, as earlier tasks used theirs."
+    ),
     "stagefs_fetch_failures_total": Metric(
         "counter", "Transfers that failed for good.", ("site", "errno")
     ),
@@ -117,6 +120,7 @@ def _plain(status: Status) -> dict[str, list[Sample]]:
         "stagefs_fetched_bytes_total": counted["fetched_bytes"],
         "stagefs_fetches_total": counted["fetches"],
         "stagefs_fetch_batches_total": counted["batches"],
+        "stagefs_ahead_objects_total": counted["ahead_objects"],
         "stagefs_checksum_mismatches_total": counted["checksum_mismatches"],
         "stagefs_fetches_in_flight": len(status.transfers),
         "stagefs_in_flight_bytes": counted["in_flight_bytes"],

@@ -37,6 +37,7 @@ from stagefs.staging.sandbox_leases import SandboxLeases
 from stagefs.staging.tree import STAGING, Place, Tree, parse_place
 from stagefs.staging.values import InputState, ProgressCallback, SandboxState
 from stagefs.staging.workers import Worker, has_ended
+from stagefs.vfs.learning import Learning
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ TEMPLATE_STATE = "template"
 COUNT_DIGITS = 6
 # Names of modified files that ``show`` tells at most.
 MODIFIED_MAX = 1000
+# Sandboxes of earlier daemons whose tasks are read ahead of: reading a million texts takes long.
+WATCHED_AGAIN_MAX = 1000
 _LOOKED_AT_ONCE = 100
 _PLAIN = re.compile(r"[^/]+")
 
@@ -88,6 +91,7 @@ class SandboxOperations:
         tree: Tree,
         building: Building,
         leases: SandboxLeases,
+        learning: Learning,
         hidden_links: dict[Inode, int],
         settings: WorkspaceSettings,
     ) -> None:
@@ -98,6 +102,7 @@ class SandboxOperations:
         self._tree = tree
         self._building = building
         self._leases = leases
+        self._learning = learning
         self._on_write = OnWrite(settings.on_write)
         # Commits under way; the next daemon knows of none.
         self.committing: set[Inode] = set()
@@ -139,6 +144,7 @@ class SandboxOperations:
                 self._building.drop(built.name)
                 raise
             self._names.changed(parent.inode, place.name)
+        self._watch(built)
         await self._leases.hold(built.directory, place.name, manifest.lifetime, built.files)
         return self._described(self._found(place, self._namespace.node(built.directory)))
 
@@ -213,6 +219,7 @@ class SandboxOperations:
         for node in template.files:
             self._names.attributes_changed(node.inode)
         self._names.many_changed(parent.inode, [place.name for place in places])
+        self._watch(template)
         await self._leases.hold(template.directory, request.name, manifest.lifetime, template.files)
         return values.Sandboxes(
             [
@@ -220,6 +227,20 @@ class SandboxOperations:
                 for place, node in zip(places, nodes, strict=True)
             ]
         )
+
+    def _watch(self, built: Built) -> None:
+        links = {name: Inode(inode) for name, inode in built.linked.items()}
+        self._learning.watch(built.directory, links)
+
+    async def watch_again(self) -> None:
+        """Once per daemon: the youngest sandboxes and templates of earlier ones go on, but what
+        their tasks had used before is not known any more."""
+        for row in self._namespace.sandboxes()[-WATCHED_AGAIN_MAX:]:
+            await trio.lowlevel.checkpoint()
+            if row.state in (SandboxState.ACTIVE, TEMPLATE_STATE) and '"linked"' in row.manifest:
+                linked = Kept.read(row.manifest).linked
+                links = {name: Inode(inode) for name, inode in linked.items()}
+                self._learning.watch(row.inode, links, is_whole=False)
 
     def _count_hidden(self, template: Inode, times: int) -> None:
         for inode, count in self._namespace.own_links(template).items():
@@ -355,6 +376,7 @@ class SandboxOperations:
         self._namespace.put_sandbox(
             msgspec.structs.replace(found.row, state=SandboxState.FAILED, manifest=kept.text())
         )
+        self._learning.ended(found.node.inode)
         await self._leases.end(found.node.inode)
         return self._described(self._found(found.place, found.node))
 
@@ -367,6 +389,7 @@ class SandboxOperations:
         self.refuse_committing(found)
         place = f"/{'/'.join(found.place.parts)}"
         removed = await self._names.remove(values.RemoveName(path=place, recursive=True))
+        self._learning.ended(found.node.inode)
         await self._leases.end(found.node.inode)
         await self.keep_house()
         return removed
@@ -383,13 +406,14 @@ class SandboxOperations:
                 self._count_hidden(template, -1)
                 self._drop_template(template)
         over = []
-        for count, inode in enumerate([*self._leases.held]):
+        for count, inode in enumerate({*self._leases.held, *self._learning.sandboxes}):
             row = self._namespace.sandbox(inode)
             if row is None or row.state not in (SandboxState.ACTIVE, TEMPLATE_STATE):
                 over.append(inode)
             if count % _LOOKED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
         for inode in over:
+            self._learning.ended(inode)
             await self._leases.end(inode)
 
     def _drop_template(self, template: Inode) -> None:

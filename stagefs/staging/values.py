@@ -422,9 +422,11 @@ class Pinned(msgspec.Struct, frozen=True):
 
 
 class Warm(msgspec.Struct, frozen=True):
-    """Fetch everything below ``paths`` now."""
+    """Fetch everything below ``paths`` now.  Of several such requests the files of the one with
+    the higher ``priority`` go first."""
 
     paths: list[str]
+    priority: int = 0
 
 
 class Warmed(msgspec.Struct, frozen=True):

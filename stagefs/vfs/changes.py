@@ -24,6 +24,7 @@ from stagefs.objects.staged import staged_from
 from stagefs.remote.url import SCHEMES
 from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.copying import Copying
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME
 from stagefs.vfs.workspace import Caller, Workspace
@@ -64,6 +65,7 @@ class Changes:
         workspace: Workspace,
         copying: Copying,
         roots: SandboxRoots,
+        learning: Learning,
         settings: NamespaceSettings,
         owner: Owner,
         public: Callable[[str], str],
@@ -76,6 +78,7 @@ class Changes:
         self._workspace = workspace
         self._copying = copying
         self._roots = roots
+        self._learning = learning
         self._pending = copying.pending
         self._settings = settings
         self._owner = owner
@@ -154,7 +157,8 @@ class Changes:
             if node.kind is NodeKind.DIRECTORY:
                 self._namespace.link_directory(node.inode, parent, name, operation=operation)
             else:
-                self._namespace.link(node.inode, parent, name, operation=operation)
+                linked = self._namespace.link(node.inode, parent, name, operation=operation)
+                self._learning.link_made(parent, linked)
             return None
         if scheme is None:
             uid, gid = self._owner_in(parent, owner)
@@ -165,9 +169,10 @@ class Changes:
         staged = staged_from(answer, default_mode=self._settings.default_file_mode)
         known = self._namespace.find_object(staged.url, staged.version)
         if known is not None:
-            self._namespace.link(known.inode, parent, name, operation=operation)
+            node = self._namespace.link(known.inode, parent, name, operation=operation)
         else:
-            self._namespace.register(parent, name, staged, operation=operation)
+            node = self._namespace.register(parent, name, staged, operation=operation)
+        self._learning.link_made(parent, node)
         return None
 
     def link(self, inode: Inode, parent: Inode, name: str, operation: int | None) -> Node:
@@ -180,7 +185,9 @@ class Changes:
             and (self._workspace.in_staging(parent) or self._is_staged(inode))
             and self._workspace.publishing(node)
         )
-        return self._namespace.link(inode, parent, name, publish=publish, operation=operation)
+        linked = self._namespace.link(inode, parent, name, publish=publish, operation=operation)
+        self._learning.link_made(parent, linked)
+        return linked
 
     def _is_staged(self, inode: Inode) -> bool:
         place = self._namespace.place(inode)

@@ -35,6 +35,7 @@ from stagefs.objects.staged import staged_from
 from stagefs.remote.versions import is_version
 from stagefs.vfs.bindings import Bindings
 from stagefs.vfs.copying import Copying
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.recording import RecordedOpen, Recording
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME, VirtualFiles
 from stagefs.vfs.workspace import Caller, OpenLocal, Place, Workspace
@@ -85,6 +86,7 @@ class Vfs:
         workspace: Workspace,
         copying: Copying,
         recording: Recording,
+        learning: Learning,
         settings: NamespaceSettings,
     ) -> None:
         self._namespace = namespace
@@ -96,6 +98,7 @@ class Vfs:
         self._workspace = workspace
         self._copying = copying
         self._recording = recording
+        self._learning = learning
         self._pending = copying.pending
         self._serial = time.time_ns() >> 10 & SERIAL_MASK
         self.open_files: dict[int, OpenObject | OpenLocal | RecordedOpen] = {}
@@ -246,6 +249,7 @@ class Vfs:
             self._serial = self._serial + 1 & SERIAL_MASK
             handle = Handle(self._serial << INODE_BITS | inode)
             if handle not in self.open_files and handle not in self._workspace.writers:
+            self._learning.used(inode, granted)
                 return handle
 
     async def _revalidate_old(self, node: Node) -> None:

@@ -29,6 +29,7 @@ from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.bindings import Bindings
 from stagefs.vfs.changes import Changes, Owner
 from stagefs.vfs.copying import Copying
+from stagefs.vfs.learning import Learning
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from stagefs.vfs.workspace import Workspace
 
@@ -154,6 +155,12 @@ class Staging:
             writers=self.writers,
             kept_up_to=0,
         )
+        self.learning = Learning(
+            namespace=self.namespace,
+            objects=self.objects,
+            ahead_bytes_max=settings.read.learned_ahead_bytes_max,
+            directory=directory,
+        )
         changes = Changes(
             namespace=self.namespace,
             objects=self.objects,
@@ -167,6 +174,7 @@ class Staging:
                 made_for_all=lambda _inode: None,
                 links_changed=self.told.inode,
             ),
+            learning=self.learning,
             roots=SandboxRoots(self.namespace, settings.workspace),
             settings=settings.namespace,
             owner=Owner(0, 0),
@@ -184,6 +192,7 @@ class Staging:
             remotes=self.remotes,
             invalidations=self.told,
             changes=changes,
+            learning=self.learning,
             workspace=self.workspace,
             stage_out=self.stage_out,
             settings=settings,
