@@ -239,7 +239,6 @@ class Core:
             pending=pending,
             default=OnWrite(settings.workspace.on_write),
             live=self.local.live,
-            made_for_all=self.workspace.made_for_all,
             links_changed=invalidations.inode,
         )
         self.learning = Learning(

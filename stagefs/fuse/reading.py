@@ -71,6 +71,9 @@ class ReadOperations(DeviceOperations):
         live, blocks = self._vfs.live(node)
         entry = self._encoded(live, entry_timeout_s)
         entry.st_blocks = blocks
+        if node.successor:
+            # Listed under a name that still leads to the old version: to be looked up.
+            entry.entry_timeout = entry.attr_timeout = 0
         return entry
 
     # Names
@@ -112,7 +115,7 @@ class ReadOperations(DeviceOperations):
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._encode(self._vfs.node(Inode(inode)))
+        return self._encode(self._vfs.seen(Inode(inode)))
 
     @answers
     async def readlink(

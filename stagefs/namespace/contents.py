@@ -8,7 +8,7 @@ import msgspec
 
 from stagefs.errors import IsADirectory, NoAttribute, NotFound, NotPermitted, ReadOnly
 from stagefs.model import Inode
-from stagefs.namespace import outgoing
+from stagefs.namespace import outgoing, versions
 from stagefs.namespace.edit import Edit
 from stagefs.namespace.node import (
     SPECIAL_KINDS,
@@ -103,8 +103,7 @@ def copy_up(
     live: Node | None,
     for_all: bool,
 ) -> Inode:
-    """One name of a shared file leads to a private copy from now on; ``for_all``: all names do,
-    those outside ``staging/`` when they are next looked up."""
+    """One name of a shared file leads to a private copy from now on; ``for_all``: all names do."""
     directory = edit.directory(parent)
     encoded = encoded_name(name)
     entry = edit.existing(directory, encoded)
@@ -123,8 +122,7 @@ def copy_up(
     edit.keep(parent)
     edit.repoint_new(directory, encoded, entry, copied, flags)
     if for_all:
-        edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (copied, inode))
-        edit.changed(inode)
+        versions.supersede_for_all(edit, edit.node(inode), edit.node(copied))
     edit.log(
         copied,
         parent=parent,

@@ -320,7 +320,7 @@ class Namespace(Replicated):
     ) -> Node:
         """The name, which leads to the object or published file ``inode``, leads to a new private
         file from now on, which shows that one's content; without ``keep_content`` it is empty.
-        ``for_all``: other names follow when they are next looked up, as to a newer version.
+        ``for_all``: all other names do, too.
 
         ``live``: the shared file as it is, when its size and times are those of a real file.
         Raises NotFound when the name leads elsewhere.  The directory's times stay.

@@ -1,8 +1,8 @@
 """Changes of what names lead to: registering objects, and newer versions of them.
 
 A node is one version of one object for ever.  A newer version is another node; names move
-over to it: at once when somebody replaces a name, or inside ``staging/`` when the remote
-changed; elsewhere when the name is next looked up (``successor``, ``rebind``), so that a
+over to it: at once when somebody replaces a name or writes for all, or inside ``staging/`` when
+the remote changed; elsewhere when the name is next looked up (``successor``, ``rebind``), so that a
 change costs nothing for links that nobody uses.
 """
 
@@ -24,6 +24,7 @@ from stagefs.namespace.overlay import Entry
 from stagefs.namespace.rows import FOUND, KEPT, Rows, fingerprint
 
 _VERSIONS_MAX = 10_000
+FOLLOWING_AT_ONCE_MAX = 10_000
 
 
 def register(edit: Edit, parent: Inode, name: str, staged: StagedObject) -> Inode:
@@ -88,17 +89,35 @@ def supersede(edit: Edit, inode: Inode, staged: StagedObject) -> Inode:
         edit.log(old.inode, old=inode, again=True)
         return old.inode
     new = edit.node(edit.new_file(staged))
-    edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (new.inode, old.inode))
-    edit.changed(old.inode)
-    for parent, name in edit.rows.names_of(old.inode):
-        if STAGING_INODE in edit.rows.ancestors(parent):
-            directory = edit.node(parent)
-            own = edit.rows.own(parent, name)
-            assert own is not None
-            entry = Entry(old, own.place, own=True, counted=False, flags=own.flags)
-            _move(edit, directory, name, entry, new)
+    _follow(edit, old, new, [n for n in edit.rows.names_of(old.inode) if _is_staged(edit, n[0])])
     edit.log(new.inode, old=old.inode, **logged(staged))
     return new.inode
+
+
+def supersede_for_all(edit: Edit, old: Node, new: Node) -> None:
+    """What some task wrote is the newer version, under all names: it stays when that task's own
+    name goes.  Beyond FOLLOWING_AT_ONCE_MAX those outside ``staging/`` follow when they are next
+    looked up, as to a version of the remote's."""
+    names = edit.rows.names_of(old.inode)
+    if len(names) > FOLLOWING_AT_ONCE_MAX:
+        names = [(parent, name) for parent, name in names if _is_staged(edit, parent)]
+    _follow(edit, old, new, names)
+
+
+def _is_staged(edit: Edit, directory: Inode) -> bool:
+    return STAGING_INODE in edit.rows.ancestors(directory)
+
+
+def _follow(edit: Edit, old: Node, new: Node, names: Sequence[tuple[Inode, bytes]]) -> None:
+    """These names lead to the newer one from now on, the others when they are next looked up."""
+    edit.run("UPDATE nodes SET successor = ? WHERE inode = ?", (new.inode, old.inode))
+    edit.changed(old.inode)
+    for parent, name in names:
+        directory = edit.node(parent)
+        own = edit.rows.own(parent, name)
+        assert own is not None
+        entry = Entry(old, own.place, own=True, counted=False, flags=own.flags)
+        _move(edit, directory, name, entry, new)
 
 
 def rebind(edit: Edit, parent: Inode, name: str, inode: Inode) -> Inode:

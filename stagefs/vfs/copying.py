@@ -52,7 +52,6 @@ class Copying:
         default: OnWrite,
         live: Callable[[Node], Node],
         links_changed: Callable[[Inode], None],
-        made_for_all: Callable[[Inode], None],
     ) -> None:
         """``live``: a published file with its size and times.  ``links_changed``: the kernel's
         idea of an inode's link count is out of date."""
@@ -61,7 +60,6 @@ class Copying:
         self._default = default
         self._live = live
         self._links_changed = links_changed
-        self._made_for_all = made_for_all
         self.copied = 0
 
     def walk_again(self, node: Node, thread: int) -> StageFSError:
@@ -107,8 +105,6 @@ class Copying:
             )
             self.copied += 1
             self._links_changed(node.inode)
-            if shared:
-                self._made_for_all(made.inode)
             node = made
         self.pending.drop(thread)
         return node

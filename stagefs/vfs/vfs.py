@@ -144,6 +144,14 @@ class Vfs:
             return self._virtual.node(inode)
         return self._namespace.node(inode)
 
+    def seen(self, inode: Inode) -> Node:
+        """The node as stat(2) shall see it.  Raises RepeatLookup when its names lead to a newer
+        version and nobody has this one open."""
+        node = self.node(inode)
+        if node.successor and self._workspace.is_outdated(node):
+            raise RepeatLookup(f"inode {inode} has a newer version.")
+        return node
+
     def live(self, node: Node) -> tuple[Node, int]:
         """A local file as it is now, and its 512-byte blocks on the disk."""
         return self._workspace.local.live_and_blocks(node)

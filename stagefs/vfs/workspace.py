@@ -122,7 +122,6 @@ class Workspace:
         self._kept_up_to = kept_up_to
         self._forgotten: set[Inode] = set()
         self._opens: dict[Inode, int] = {}
-        self._for_all: set[Inode] = set()
         # Of files that are still open since they were made: asking SQL for it costs more.
         self._made: dict[Inode, Place] = {}
         self._bases: dict[Inode, OpenObject] = {}
@@ -230,7 +229,6 @@ class Workspace:
             return
         if node.content is ContentKind.PRIVATE and node.nlink and self._is_for_others(inode):
             self._namespace.publish([inode])
-            self._for_all.discard(inode)
 
     async def _publish_left_behind(self) -> None:
         """What was closed while no daemon heard of it: where requests are not sent again, or when
@@ -250,21 +248,33 @@ class Workspace:
             except StageFSError as error:
                 log.log(error.log_level, "inode %d is not published: %s", inode, error)
 
-    def made_for_all(self, inode: Inode) -> None:
-        """A new version under all links: it is published when its last writer closes it.  Should
-        the daemon die before, it stays one private file of all who link it."""
-        self._for_all.add(inode)
-
     def _is_for_others(self, inode: Inode) -> bool:
-        if inode in self._for_all:
-            return True
         made = self._made.get(inode)
         if made is not None:
             node = self._namespace.find(*made)
             if node is not None and node.inode == inode and node.nlink == 1:
                 return self.in_staging(made.directory)
+        if self._is_newer_version(inode):
+            return True
         place = self._namespace.place(inode)
         return place is not None and self.in_staging(place[0])
+
+    def _is_newer_version(self, inode: Inode) -> bool:
+        """Whether all links of a published file lead to this one now."""
+        lower = self._namespace.node(inode).lower
+        try:
+            return bool(lower) and self._namespace.node(lower).successor == inode
+        except NotFound:
+            return False
+
+    def is_outdated(self, node: Node) -> bool:
+        """Whether a published file has a newer version and nobody can have it open."""
+        return (
+            node.successor != 0
+            and node.content is ContentKind.PUBLISHED
+            and node.inode > self._kept_up_to
+            and node.inode not in self._opens
+        )
 
     # Content
 

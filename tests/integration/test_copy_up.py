@@ -10,6 +10,7 @@ import pytest
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted, sha256
 from tests.support.served import HttpServed, Served, content
+from tests.support.waiting import wait_until
 
 MakeMount = Callable[..., Mounted]
 MIB = 1 << 20
@@ -286,6 +287,81 @@ def test_a_shared_sandbox(mount: Mounted, data: bytes) -> None:
     assert mount.read("tasks/u/log") == b"first\nsecond alone"
     mount.run("python", "-c", APPEND, "MNT/tasks/s/in", "!")
     assert mount.read("tasks/s/in") == data + b"!"
+
+
+# Opens for writing or maps writable, writes one byte in front, says so, and goes on holding it.
+HOLDERS = {
+    "descriptor": "os.pwrite(fd, b'W', 0)",
+    "mapping": "m = mmap.mmap(fd, 0); os.close(fd); m[:1] = b'W'",
+}
+# What stat(2) says under each name, when they agree.
+ALIKE = """
+import os, sys
+found = {(s.st_ino, s.st_size, s.st_nlink) for s in map(os.stat, sys.argv[1:])}
+print(*found.pop() if len(found) == 1 else ["differ"])
+"""
+
+
+@pytest.fixture
+def log(mount: Mounted) -> tuple[str, ...]:
+    """The names of one published file: in a shared sandbox, in one that copies up, in staging/."""
+    mount.run("sh", "-c", 'echo first > "$1"', "sh", "MNT/staging/log")
+    for name, policy in (("s", "shared"), ("u", "copy-up")):
+        mount.stagefs("sandbox", "create", name, "--in", "log=staging:///log", "--on-write", policy)
+    return "MNT/tasks/s/log", "MNT/tasks/u/log", "MNT/staging/log"
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["", "daemon-dies"])
+@pytest.mark.parametrize("held", HOLDERS)
+def test_a_shared_file_that_is_still_written_is_not_published(
+    mount: Mounted, log: tuple[str, ...], held: str, dies: bool
+) -> None:
+    shared, private, staged = log
+    code = (
+        "import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDWR); "
+        f"{HOLDERS[held]}; print(flush=True); sys.stdin.read()"
+    )
+    with mount.start("python", "-c", code, shared, talks=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"\n"
+        if dies:
+            mount.kill_daemon()
+        for command in ("mv", "ln"):
+            for name in (shared, private):
+                done = mount.run(command, name, "MNT/staging/other", check=False)
+                assert b"busy" in done.stderr, (command, name, done.stderr)
+        mount.run("rm", staged)
+        _output, errors = writer.communicate(timeout=60)
+        assert writer.returncode == 0, errors.decode()
+    # Closed: it is published although no name in staging/ is left, so nobody can change it.
+    wait_until(lambda: mount.xattr(shared[4:], "state") == "published", "its publication")
+    mount.run("python", "-c", APPEND, private, "mine")
+    assert mount.read(private[4:]) == b"Wirst\nmine"
+    assert mount.read(shared[4:]) == b"Wirst\n"
+    mount.run("mv", shared, "MNT/staging/other")
+    assert mount.read("staging/other") == b"Wirst\n"
+
+
+def test_stat_sees_a_new_version_under_all_names(mount: Mounted, log: tuple[str, ...]) -> None:
+    """Also under names that the kernel knows already; a reader of the old version keeps it."""
+    hold = (
+        "import os, sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read(); "
+        "print(os.fstat(f.fileno()).st_size, f.read())"
+    )
+    with mount.start("python", "-c", hold, log[1], talks=True) as reader:
+        assert reader.stdout is not None
+        reader.stdout.readline()
+        assert mount.python(ALIKE, *log).split()[1:] == [b"6", b"3"]
+        mount.run("python", "-c", APPEND, log[0], "second")
+        assert reader.communicate(timeout=60)[0] == b"6 first\n\n"
+    wait_until(lambda: mount.python(ALIKE, *log).split()[1:] == [b"12", b"3"], "stat of all names")
+    mount.run("python", "-c", APPEND, log[0], "third")
+    listed = mount.run("ls", "-l", "MNT/staging", "MNT/tasks/u", "MNT/tasks/s").stdout.decode()
+    sizes = [line.split()[4] for line in listed.splitlines() if line.endswith(" log")]
+    assert sizes == ["17"] * 3, listed
+    # It is everybody's: it stays when the task that wrote it is gone.
+    mount.stagefs("sandbox", "remove", "s")
+    assert mount.read("staging/log") == b"first\nsecondthird"
 
 
 def test_copies_survive_the_mount(mount: Mounted, web: HttpServed, data: bytes) -> None:

@@ -15,6 +15,7 @@ from stagefs.errors import (
     ReadOnly,
 )
 from stagefs.model import EntryKind, Inode, ListedEntry, ObjectInfo
+from stagefs.namespace import versions
 from stagefs.namespace.node import (
     STAGING_INODE,
     TASKS_INODE,
@@ -226,20 +227,42 @@ def test_a_copy_for_all_is_followed_by_the_other_names(namespace: Namespace) -> 
         namespace.link(shared.inode, TASKS_INODE, name)
     copied = namespace.copy_up(TASKS_INODE, "a", shared.inode, for_all=True)
     assert again(namespace, shared.inode).successor == copied.inode
+    for directory, name in ((STAGING_INODE, "f"), (TASKS_INODE, "a"), (TASKS_INODE, "b")):
+        assert namespace.lookup(directory, name).inode == copied.inode
+    assert (namespace.node(copied.inode).nlink, namespace.node(shared.inode).nlink) == (3, 0)
+    # Whose name goes does not take the new version along.
+    namespace.remove(TASKS_INODE, "a")
+    assert namespace.drop_unlinked() == []
+
+
+def test_names_too_many_to_follow_at_once_do_when_they_are_looked_up(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "FOLLOWING_AT_ONCE_MAX", 1)
+    shared = namespace.create_file(STAGING_INODE, "f", 0o644)
+    namespace.publish([shared.inode])
+    for name in ("a", "b"):
+        namespace.link(shared.inode, TASKS_INODE, name)
+    copied = namespace.copy_up(TASKS_INODE, "a", shared.inode, for_all=True)
+    assert namespace.lookup(STAGING_INODE, "f").inode == copied.inode
+    assert namespace.lookup(TASKS_INODE, "b").inode == shared.inode
     assert namespace.rebind_name(TASKS_INODE, "b", copied.inode).inode == copied.inode
-    assert (namespace.node(copied.inode).nlink, namespace.node(shared.inode).nlink) == (2, 1)
+    assert (namespace.node(copied.inode).nlink, namespace.node(shared.inode).nlink) == (3, 0)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_names_do_not_follow_to_a_copy_that_is_gone(namespace: Namespace, dropped: bool) -> None:
-    shared = namespace.create_file(STAGING_INODE, "f", 0o644)
+def test_names_do_not_follow_to_a_copy_that_is_gone(
+    namespace: Namespace, dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "FOLLOWING_AT_ONCE_MAX", 0)
+    shared = namespace.create_file(TASKS_INODE, "f", 0o644)
     namespace.publish([shared.inode])
     namespace.link(shared.inode, TASKS_INODE, "a")
     copied = namespace.copy_up(TASKS_INODE, "a", shared.inode, for_all=True)
     namespace.remove(TASKS_INODE, "a")
     if dropped:
         assert namespace.drop_unlinked() == [copied.inode]
-    node = namespace.rebind_name(STAGING_INODE, "f", copied.inode)
+    node = namespace.rebind_name(TASKS_INODE, "f", copied.inode)
     assert (node.inode, node.successor, node.nlink) == (shared.inode, 0, 1)
     assert namespace.newest(shared.inode) == node
 

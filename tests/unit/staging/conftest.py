@@ -171,7 +171,6 @@ class Staging:
                 pending=NoPending(),
                 default=OnWrite.COPY_UP,
                 live=self.local.live,
-                made_for_all=lambda _inode: None,
                 links_changed=self.told.inode,
             ),
             learning=self.learning,

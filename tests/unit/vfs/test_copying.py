@@ -51,7 +51,6 @@ class Rig:
             pending=pending,
             default=self.default,
             live=lambda node: node,
-            made_for_all=lambda _inode: None,
             links_changed=self.relinked.append,
         )
 
