@@ -40,6 +40,15 @@ class Glob(msgspec.Struct, frozen=True):
         return "/".join(self.components)
 
 
+def _is_no_text(text: str) -> bool:
+    """Half a surrogate pair, which no name has: JSON can write it."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def parse(text: str) -> Glob:
     """Raises ValueError with the end of a sentence for what can match nothing in a sandbox."""
     if not text:
@@ -48,6 +57,8 @@ def parse(text: str) -> Glob:
         raise ValueError("the pattern begins with '/', but it is relative to the sandbox")
     if "\0" in text:
         raise ValueError("the pattern holds a NUL")
+    if not text.isascii() and _is_no_text(text):
+        raise ValueError("the pattern holds characters that are no text")
     components = tuple(part for part in text.split("/") if part not in {"", "."})
     if components[-1:] == (ANY_DEPTH,):
         components += ("*",)  # what is below, at any depth

@@ -207,6 +207,10 @@ def read_map(fd: int, file_bytes: int) -> LoadedMap:
     slots_start = _room(header_bytes)
     if header_bytes > HEADER_BYTES_MAX or offset + slots_start > footer_offset:
         raise DamagedEntry("the map's footer points outside the file")
+    # No more slots than chunks of the least size: what is read stays in proportion to the object.
+    slots_bytes_max = SLOT.size * (offset // CHUNK_BYTES_MIN + 1)
+    if footer_offset - offset - slots_start > slots_bytes_max:
+        raise DamagedEntry("the map is too large for its object")
     body = read_fully(fd, footer_offset - offset, offset)
     encoded = body[:header_bytes]
     if xxhash.xxh3_64_intdigest(encoded) != header_hash:

@@ -31,6 +31,9 @@ SEGMENT_BYTES_MIN = 1 << 20
 _OPEN_SEGMENTS_MAX = 64
 _HEAD_GUESS_BYTES = 1024
 _RESYNC_BYTES = 1 << 20
+# Content is a remote's, and may look like the begin of a record at every place: after so many bytes
+# of supposed headers the rest of the segment counts as lost, which costs fetching it again.
+_RESYNC_HEADERS_BYTES_MAX = 64 << 20
 _RECORDS_PER_WRITE = 512  # the kernel takes 1024 pieces at a time
 
 
@@ -335,12 +338,16 @@ def scan(fd: int, *, start: int = 0) -> Iterator[layout.Record | None]:
 
 def _next_record(fd: int, offset: int, end: int) -> int | None:
     """Where the next whole record begins at or after ``offset``, a multiple of 8."""
+    tried_bytes = 0
     while offset < end:
         window = read_fully(fd, _RESYNC_BYTES, offset)
         for place in range(0, len(window), 8):
             if window[place : place + 4] in (layout.LIVE, layout.DEAD):
-                found = layout.decode_record(read_head(fd, offset + place), offset + place)
-                if found is not None:
+                head = read_head(fd, offset + place)
+                if layout.decode_record(head, offset + place) is not None:
                     return offset + place
+                tried_bytes += len(head)
+                if tried_bytes > _RESYNC_HEADERS_BYTES_MAX:
+                    return None
         offset += max(len(window), 8)
     return None

@@ -21,7 +21,6 @@ passwords, tokens or signatures: a catalog is no place for them, and they would 
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -42,7 +41,9 @@ SIZE_BYTES_MAX = 1 << 62
 _MTIME_S_MAX = 4_200_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|xxh3:[0-9a-f]{16}")
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
+# As many digits as any size or time has: Python refuses to convert thousands of them.
+_DIGITS = re.compile(r"[0-9]{1,30}")
+_NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]*)?")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -126,7 +127,7 @@ def _json_of_any_bytes(raw: bytes, number: int, cause: Exception) -> _Line:
 
 def _csv_lines(file: BinaryIO) -> Iterator[tuple[int, _Line]]:
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(_bounded_lines(text), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
         _check_header(header)
@@ -146,6 +147,16 @@ def _csv_lines(file: BinaryIO) -> Iterator[tuple[int, _Line]]:
         text.detach()
 
 
+def _bounded_lines(text: io.TextIOBase) -> Iterator[str]:
+    """Lines with their ends.  A file without any must not become one line in memory."""
+    number = 0
+    while line := text.readline(LINE_BYTES_MAX + 1):
+        number += 1
+        if len(line) > LINE_BYTES_MAX:
+            raise InvalidCatalog(f"Line {number} of the catalog is longer than 1 MiB.")
+        yield line
+
+
 def _check_header(header: list[str]) -> None:
     for column in header:
         if column not in COLUMNS:
@@ -162,7 +173,7 @@ def _check_header(header: list[str]) -> None:
 
 def _csv_line(fields: dict[str, str], number: int) -> _Line:
     size = fields["size"].strip()
-    if size and not (size.isascii() and size.isdigit()):
+    if size and not _DIGITS.fullmatch(size):
         raise InvalidCatalog(f"Line {number} of the catalog: the size {size[:40]!r} is no number.")
     return _Line(
         name=fields["name"],
@@ -240,7 +251,7 @@ def _mtime_ns(mtime: int | float | str, number: int) -> int:
     if isinstance(mtime, int):
         seconds, nanoseconds = mtime, 0
     elif isinstance(mtime, float):
-        if not math.isfinite(mtime):
+        if not abs(mtime) <= _MTIME_S_MAX:  # so that NaN is refused too
             raise InvalidCatalog(f"Line {number} of the catalog: {mtime} is no time.")
         seconds, nanoseconds = 0, round(mtime * 1e9)
     elif _NUMBER.fullmatch(mtime):

@@ -105,6 +105,12 @@ class RemoteUrl(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse(text: str) -> RemoteUrl:
     """The parts of a URL, checked and normal.  Raises InvalidUrl."""
+    if len(text) > URL_CHARACTERS_MAX:
+        raise InvalidUrl(
+            f"The URL {shown(text)[:80]}... has more than {URL_CHARACTERS_MAX} characters."
+        )
+    if not has_bytes(text):
+        raise InvalidUrl(f"The URL {shown(text)!r} holds characters that are no text.")
     match = _SCHEME.fullmatch(text)
     if match is None:
         raise InvalidUrl(f"{shown(text)!r} is not a URL: write it as scheme://host/path.")
@@ -113,10 +119,6 @@ def parse(text: str) -> RemoteUrl:
         known = ", ".join(sorted({*SCHEMES, *plugins.schemes(), f"{FSSPEC}<protocol>"}))
         raise InvalidUrl(
             f"The scheme {scheme!r} of {shown(text)!r} is not known: use one of {known}."
-        )
-    if len(text) > URL_CHARACTERS_MAX:
-        raise InvalidUrl(
-            f"The URL {shown(text[:80])}... has more than {URL_CHARACTERS_MAX} characters."
         )
     if _FORBIDDEN.search(text):
         raise InvalidUrl(
@@ -208,10 +210,19 @@ def is_file_name(name: str) -> bool:
     """Whether a name can stand in a directory: one component of 1 to 255 bytes."""
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         return False
+    return has_bytes(name) and len(name.encode("utf-8", "surrogateescape")) <= NAME_BYTES_MAX
+
+
+def has_bytes(text: str) -> bool:
+    """False for half a surrogate pair, as JSON's escapes can write it: it is no character, and
+    unlike the surrogates of ``surrogateescape`` it stands for no byte either."""
+    if text.isascii():
+        return True
     try:
-        return len(name.encode("utf-8", "surrogateescape")) <= NAME_BYTES_MAX
+        text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def shown(text: str) -> str:

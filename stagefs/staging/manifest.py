@@ -36,9 +36,17 @@ import msgspec
 from stagefs import globs
 from stagefs.errors import InvalidManifest, InvalidUrl
 from stagefs.model import OnWrite
-from stagefs.remote.url import HTTP_SCHEMES, LITERAL_SCHEMES, is_file_name, parse, quote_path
+from stagefs.remote.url import (
+    HTTP_SCHEMES,
+    LITERAL_SCHEMES,
+    has_bytes,
+    is_file_name,
+    parse,
+    quote_path,
+)
 
 DOCUMENT_BYTES_MAX = 16 << 20
+NAME_CHARACTERS_MAX = 4095  # of a name in the sandbox with its directories: PATH_MAX
 # In URLs of outputs, for sandboxes that share a manifest; as URLs are given, and as some are kept.
 _NAME, _ENCODED_NAME = "{name}", "%7Bname%7D"
 
@@ -261,8 +269,7 @@ def checked(
         inside = "/".join(_inside(name, place))
         if inside in inputs:
             raise InvalidManifest(f"{place}: the name {inside} is declared twice.")
-        if not source:
-            raise InvalidManifest(f"{place}: the URL is empty.")
+        _refuse_no_url(source, place)
         inputs[inside] = as_url(source, directory)
         _refuse_wrong_url(inputs[inside], place)
     for name in inputs:
@@ -272,6 +279,11 @@ def checked(
                     f"{where.of('inputs', name)}: {above} is an input itself, so there is nothing"
                     " below it to declare."
                 )
+    for pattern in manifest.mirrors:
+        if "\0" in pattern or not has_bytes(pattern):
+            raise InvalidManifest(
+                f"{where.of('mirrors', pattern)}: no path of this machine holds such characters."
+            )
     mirrors = {
         os.path.abspath(os.path.join(directory or "", pattern)): "/".join(
             _inside(to, where.of("mirrors", pattern), may_be_all=True)
@@ -289,6 +301,10 @@ def _inside(name: str, place: str, *, may_be_all: bool = False) -> list[str]:
         raise InvalidManifest(
             f"{place}: {name!r} is absolute, but names are relative to the sandbox."
         )
+    if len(name) > NAME_CHARACTERS_MAX:
+        raise InvalidManifest(
+            f"{place[:200]}...: the name has more than {NAME_CHARACTERS_MAX} characters."
+        )
     parts = [part for part in name.split("/") if part not in {"", "."}]
     if (not parts or name.endswith("/")) and not may_be_all:
         raise InvalidManifest(f"{place}: {name!r} cannot be the name of an input.")
@@ -305,6 +321,13 @@ def _directories_above(name: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
+def _refuse_no_url(text: str, place: str) -> None:
+    if not text:
+        raise InvalidManifest(f"{place}: the URL is empty.")
+    if not has_bytes(text):
+        raise InvalidManifest(f"{place}: {text!r} holds characters that are no text.")
+
+
 def _refuse_wrong_url(url: str, place: str) -> None:
     try:
         parse(url)
@@ -317,8 +340,7 @@ def _checked_output(output: Output, place: str, directory: str | None) -> Output
         pattern = globs.parse(output.pattern)
     except ValueError as exc:
         raise InvalidManifest(f"{place}: {exc}.") from exc
-    if not output.to:
-        raise InvalidManifest(f"{place}: the URL is empty.")
+    _refuse_no_url(output.to, place)
     to = as_url(output.to, directory)
     try:
         scheme = parse(to).scheme
