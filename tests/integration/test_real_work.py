@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.identity import Identity
-from tests.support.mounted import Mounted
+from tests.support.mounted import Mounted, sha256
+from tests.support.served import Served
 
 MakeMount = Callable[..., Mounted]
-SOURCES = 24
-ROWS = 150
+SOURCES, STAGED_SOURCES = 24, 5
+ROWS, STAGED_ROWS = 150, 20
 
 # Relative path, type, mode, size and digest of everything below a directory.
 TREE = r"""
@@ -73,10 +75,10 @@ def places(identity: Identity, new_mount: MakeMount, work: Path) -> Places:
     return Places(mount, start, plain, mount.point / "tasks/t")
 
 
-def write_sources(top: Path) -> None:
+def write_sources(top: Path, count: int = SOURCES) -> None:
     """A program of many small files with a Makefile that knows what depends on what."""
     top.mkdir()
-    numbers = range(SOURCES)
+    numbers = range(count)
     (top / "all.h").write_text("".join(f"int part{n}(int);\n" for n in numbers))
     for n in numbers:
         text = f'#include "all.h"\nint part{n}(int x) {{ return x * {n} + {n * n % 7}; }}\n'
@@ -194,18 +196,23 @@ with sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None) as database:
 """
 
 
-def test_sqlite_wal_with_two_writers(places: Places) -> None:
-    path = places.sandbox / "rows.sqlite"
-    places.mount.run("sqlite3", path, "CREATE TABLE rows (writer, number, total UNIQUE)")
-    writers = [
-        places.mount.start("python", "-c", WRITER, path, name, str(ROWS)) for name in ("a", "b")
-    ]
+def write_from_two_sides(mount: Mounted, path: Path, rows: int) -> None:
+    writers = [mount.start("python", "-c", WRITER, path, name, str(rows)) for name in ("a", "b")]
     for writer in writers:
         _output, errors = writer.communicate(timeout=90)
         assert writer.returncode == 0, errors.decode()
     check = "PRAGMA integrity_check; SELECT count(*), max(total), count(DISTINCT writer) FROM rows"
-    said = places.mount.run("sqlite3", path, check).stdout
-    assert said == b"ok\n%d|%d|2\n" % (2 * ROWS, 2 * ROWS - 1)
+    said = mount.run("sqlite3", path, check).stdout
+    assert said == b"ok\n%d|%d|2\n" % (2 * rows, 2 * rows - 1)
+
+
+TABLE = "CREATE TABLE rows (writer, number, total UNIQUE)"
+
+
+def test_sqlite_wal_with_two_writers(places: Places) -> None:
+    path = places.sandbox / "rows.sqlite"
+    places.mount.run("sqlite3", path, TABLE)
+    write_from_two_sides(places.mount, path, ROWS)
 
 
 def test_rsync_in_and_out(places: Places, sources: Path) -> None:
@@ -230,3 +237,74 @@ def test_rsync_in_and_out(places: Places, sources: Path) -> None:
     )
     run("rsync", "-a", "--delete", f"{sources}/", places.sandbox / "in/")
     run("diff", "-r", "--no-dereference", "-x", "fifo", sources, places.sandbox / "in")
+
+
+@pytest.fixture
+def inputs(work: Path) -> Path:
+    """What a task may start from: a repository, sources, a package and a database."""
+    top = work / "inputs"
+    top.mkdir()
+    write_sources(top / "src", STAGED_SOURCES)
+    (top / "src/link").unlink()  # not all servers have symbolic links
+    write_wheel(top / "stagefs_tried-1.0-py3-none-any.whl")
+    words = "git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "safe.directory=*"
+    for command in (
+        ("tar", "-czf", "src.tar.gz", "src"),
+        ("sqlite3", "rows.sqlite", TABLE),
+        (*words, "init", "-q", "-b", "main", work / "repository"),
+        (*words, "-C", work / "repository", "--work-tree", top / "src", "add", "-A"),
+        (*words, "-C", work / "repository", "commit", "-q", "-m", "all"),
+        (*words, "-C", work / "repository", "bundle", "create", "-q", top / "b.bundle", "--all"),
+    ):
+        subprocess.run(command, cwd=top, check=True)
+    return top
+
+
+@pytest.mark.timeout(300)
+def test_real_work_on_staged_inputs(
+    identity: Identity, new_mount: MakeMount, served: Served, inputs: Path, work: Path
+) -> None:
+    """The same work, where everything that it begins with is at a remote."""
+    served.publish(inputs, "in")
+    mount = new_mount(identity, environment=served.environment(identity))
+    mount.stagefs("bind", served.url("in/x").removesuffix("x"), "staging:///in")
+    names = [path.name for path in inputs.iterdir()]
+    links = [word for name in names for word in ("--in", f"{name}=staging:///in/{name}")]
+    mount.stagefs("sandbox", "create", "t", *links)
+    plain, task = identity.directory(work / "plain"), mount.point / "tasks/t"
+
+    def run(*command: str | Path) -> bytes:
+        return mount.run(*command, directory=task).stdout
+
+    run("git", "clone", "-q", "b.bundle", "clone")
+    assert run("git", "-C", "clone", "status", "--porcelain") == b""
+    run("diff", "-r", "-x", ".git", inputs / "src", "clone")
+
+    run("sh", "-c", "mkdir unpacked && tar -xzf src.tar.gz -C unpacked")
+    run("diff", "-r", inputs / "src", "unpacked/src")
+    run("rsync", "-a", "src/", plain / "out/")
+    run("rsync", "-a", f"{plain}/out/", "copied/")
+    expected = sum(n * n + n * n % 7 for n in range(STAGED_SOURCES))
+    # In the linked directory, too: what is made there is the task's own.
+    for sources in ("unpacked/src", "copied", "src"):
+        run("make", "-s", "-C", sources, "-j2")
+        assert run("sh", "-c", f"cd {sources} && ./run.sh") == b"%d\n" % expected, sources
+        assert b"up to date" in run("make", "-C", sources)
+    run("rsync", "-a", "src/", plain / "built/")
+    run("diff", "-r", plain / "built", "src")
+    run("diff", "-r", inputs / "src", plain / "out")
+
+    run("/usr/bin/python3", "-m", "venv", "--without-pip", "venv")
+    wheel = next(name for name in names if name.endswith(".whl"))
+    pip = ("/usr/bin/python3", "-m", "pip", "--python", "venv/bin/python")
+    run(*pip, "--disable-pip-version-check", "install", "-q", "--no-index", wheel)
+    assert run("venv/bin/python", "-m", "stagefs_tried") == b"42\n"
+
+    write_from_two_sides(mount, task / "rows.sqlite", STAGED_ROWS)
+    # None of it reached the inputs, here or at the remote.
+    for name in names:
+        if (inputs / name).is_file():
+            assert mount.sha256(f"staging/in/{name}") == sha256((inputs / name).read_bytes())
+    mount.run("diff", "-r", inputs / "src", "MNT/staging/in/src")
+    published = (path for path in inputs.rglob("*") if path.is_file())
+    assert served.names() == sorted(f"in/{path.relative_to(inputs)}" for path in published)
