@@ -234,7 +234,7 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def _from_document(document: object, path: str, *, directory: str) -> Manifest:
     try:
         read = msgspec.convert(document, _Document)
-    except msgspec.ValidationError as exc:
+    except (msgspec.ValidationError, UnicodeEncodeError) as exc:  # the latter: a word of an enum
         raise InvalidManifest(f"The manifest {path} is not usable: {exc}.") from exc
     outputs = [
         Output(pattern, target)

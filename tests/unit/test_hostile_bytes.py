@@ -271,6 +271,7 @@ def manifest_of(content: bytes, suffix: str) -> None:
 @example({"outputs": {HALF_A_PAIR: "staging:///x/"}})
 @example({"outputs": {"x": f"staging:///{HALF_A_PAIR}/"}})
 @example({"mirrors": {HALF_A_PAIR: "x"}})
+@example({"on_write": HALF_A_PAIR})
 @example({"mirrors": {"x\0": "x"}})
 # Every directory above a name is looked at: without a bound this one takes minutes and all memory.
 @example({"inputs": {"/".join("a" * 100_000): "x"}})
