@@ -17,6 +17,7 @@ from stagefs.errors import StageFSError
 
 # An integration's commands: only this name of it is known here.
 BATCH = "stagefs.integrations.batch_commands"
+COPY = "stagefs.integrations.copy_command"
 # Subcommand -> (module, its command, the line in the overview).  In the order of use.
 COMMANDS = {
     "mount": ("mounting", "mount", "Mount a staging area."),
@@ -37,6 +38,7 @@ COMMANDS = {
     "prolog": (BATCH, "prolog", "For batch systems: stage in before a job."),
     "epilog": (BATCH, "epilog", "For batch systems: stage out after a job."),
     "status": ("seeing", "status", "Show what the daemon is doing."),
+    "copy": (COPY, "copy", "Copy files, with scp's arguments, for batch systems."),
     "metrics": ("seeing", "metrics", "Print the daemon's figures for Prometheus."),
     "top": ("top", "top", "Watch what a mount is doing."),
     "why": ("why", "why", "Explain why a file is cached, absent, kept or failing."),

@@ -49,6 +49,9 @@ class PathMap(msgspec.Struct, frozen=True):
 
     def shared(self, host: str, path: str) -> str:
         """For what the submitter sees as a file: without an entry, a file system that both hosts
+    def is_here(self, host: str) -> bool:
+        return not host or _same(host, self.here)
+
         have."""
         return self.mapped(host, path) or f"file://{quote_path(path)}"
 
@@ -56,7 +59,7 @@ class PathMap(msgspec.Struct, frozen=True):
         """For what the batch system says lies on another host: without an entry, over ssh."""
         if (url := self.mapped(host, path)) is not None:
             return url
-        if not host or _same(host, self.here):
+        if self.is_here(host):
             return f"file://{quote_path(path)}"
         return f"ssh://{host}{quote_path(path)}"
 

@@ -31,6 +31,8 @@ from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.url import FSSPEC, SCHEMES, parse
 
 _KEYS_MAX = 256
+# Protocols have 32 bits for a time.
+TIME_S_MAX = (1 << 32) - 1
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,15 @@ class Connecting(Protocol):
 
     async def connect(self) -> None:
         """Log in, if that is not done yet.  Raises StageFSError."""
+        ...
+
+
+@runtime_checkable
+class KeepingTimes(Protocol):
+    """A driver whose objects have times of modification that can be set."""
+
+    async def set_mtime(self, url: str, mtime_s: int) -> None:
+        """Raises StageFSError."""
         ...
 
 
@@ -111,6 +122,13 @@ class Remotes:
         driver = self._serving(url).driver
         if isinstance(driver, Connecting):
             trio.lowlevel.spawn_system_task(_connect, driver, url)
+
+    async def set_mtime(self, url: str, mtime_ns: int) -> None:
+        """Give an object its time of modification, where the protocol has such a thing.  Raises
+        StageFSError."""
+        driver = self._serving(url).driver
+        if isinstance(driver, KeepingTimes):
+            await driver.set_mtime(url, min(max(0, mtime_ns // 10**9), TIME_S_MAX))
 
     def _serving(self, url: str) -> _Served:
         begin = url[: url.find("/", url.find("://") + 3) + 1]

@@ -32,6 +32,7 @@ from stagefs.remote.sftp_messages import (
     Removed,
     Stop,
     Stopped,
+    TimesSet,
     socket_pair,
 )
 
@@ -89,7 +90,7 @@ class Exchange:
                 )
         report = self._reports.popleft()
         match report:
-            case Found() | Removed() | Failed() | Page(last=True):
+            case Found() | Removed() | TimesSet() | Failed() | Page(last=True):
                 self.over = True
         return report
 

@@ -35,6 +35,7 @@ from stagefs.remote.sftp_messages import (
     Page,
     Put,
     Remove,
+    SetTimes,
     Stat,
     Stop,
     Stopped,
@@ -45,6 +46,7 @@ from stagefs.remote.sftp_operations import (
     FetchOperation,
     ListOperation,
     RemoveOperation,
+    SetTimesOperation,
     StatOperation,
 )
 from stagefs.remote.sftp_pool import Pool
@@ -198,8 +200,8 @@ class Engine:
                 self._operations[begun.op] = begun
                 self._pool.submit(begun, self._now)
 
-    def _operation(
-        self, order: Stat | List | Fetch | FetchWhole | Put | Remove, fd: int
+    def _operation(  # noqa: PLR0911 - one for each kind
+        self, order: Stat | List | Fetch | FetchWhole | Put | Remove | SetTimes, fd: int
     ) -> BaseOperation:
         match order:
             case Stat():
@@ -214,6 +216,8 @@ class Engine:
                 return PutOperation(order, fd, self, now=self._now)
             case Remove():
                 return RemoveOperation(order, self, now=self._now)
+            case SetTimes():
+                return SetTimesOperation(order, self, now=self._now)
 
     def _note(self, text: str) -> None:
         self.report(Noted(0, text))

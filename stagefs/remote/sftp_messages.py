@@ -116,6 +116,13 @@ class Remove(Order, frozen=True, array_like=True, tag=True):
     path: bytes
 
 
+class SetTimes(Order, frozen=True, array_like=True, tag=True):
+    """Of a file; ends in TimesSet or Failed."""
+
+    path: bytes
+    mtime_s: int
+
+
 class Stop(Order, frozen=True, array_like=True, tag=True):
     """Give the operation up; answered by Stopped when nothing is written for it any more."""
 
@@ -173,6 +180,10 @@ class Removed(Report, frozen=True, array_like=True, tag=True):
     """Ends Remove."""
 
 
+class TimesSet(Report, frozen=True, array_like=True, tag=True):
+    """Ends SetTimes."""
+
+
 class Failed(Report, frozen=True, array_like=True, tag=True):
     """Ends any operation.  ``reason`` is a clause that follows the URL in a message."""
 
@@ -190,9 +201,20 @@ class Noted(Report, frozen=True, array_like=True, tag=True):
     text: str
 
 
-AnyOrder = Connect | Stat | List | MorePages | Fetch | FetchWhole | Put | Remove | Stop
+AnyOrder = Connect | Stat | List | MorePages | Fetch | FetchWhole | Put | Remove | SetTimes | Stop
 AnyReport = (
-    Found | Version | Page | Landed | Sent | Whole | ItemFailed | Removed | Failed | Stopped | Noted
+    Found
+    | Version
+    | Page
+    | Landed
+    | Sent
+    | Whole
+    | ItemFailed
+    | Removed
+    | TimesSet
+    | Failed
+    | Stopped
+    | Noted
 )
 
 

@@ -28,7 +28,9 @@ from stagefs.remote.sftp_messages import (
     Page,
     Remove,
     Removed,
+    SetTimes,
     Stat,
+    TimesSet,
     Version,
 )
 from stagefs.remote.sftp_protocol import Kind, ProtocolError, Status
@@ -203,6 +205,27 @@ class RemoveOperation(BaseOperation):
         if code not in (Status.OK, Status.NO_SUCH_FILE):
             raise refusal(code, message)
         self.end(Removed(self.op))
+
+
+class SetTimesOperation(BaseOperation):
+    """Sent again when the session breaks: the second time changes nothing."""
+
+    def __init__(self, order: SetTimes, reporter: Reporter, *, now: float) -> None:
+        super().__init__(order.op, reporter, now=now)
+        self._order = order
+
+    def begin(self, session: Session) -> None:
+        super().begin(session)
+        order = self._order
+        session.send(protocol.set_times(session.expect(self), order.path, order.mtime_s))
+
+    def _answered(self, session: Session, tag: object, kind: int, body: memoryview) -> None:
+        if kind != Kind.STATUS:
+            raise ProtocolError(f"a packet of type {kind} in answer to SETSTAT")
+        code, message = protocol.status(body)
+        if code != Status.OK:
+            raise refusal(code, message)
+        self.end(TimesSet(self.op))
 
 
 class ListOperation(BaseOperation):

@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     READ = 5
     WRITE = 6
     FSTAT = 8
+    SETSTAT = 9
     FSETSTAT = 10
     OPENDIR = 11
     READDIR = 12
@@ -159,6 +160,13 @@ def make_directory(request: int, path: bytes) -> bytes:
 def set_mode(request: int, handle: bytes, mode: int) -> bytes:
     body = struct.pack(">I", len(handle)) + handle + _mode_only(mode)
     return struct.pack(">IBI", 5 + len(body), Kind.FSETSTAT, request) + body
+
+
+def set_times(request: int, path: bytes, mtime_s: int) -> bytes:
+    """Both times of a file: the protocol sets none alone."""
+    body = struct.pack(">I", len(path)) + path
+    body += struct.pack(">III", _ATTRIBUTE_TIMES, mtime_s, mtime_s)
+    return struct.pack(">IBI", 5 + len(body), Kind.SETSTAT, request) + body
 
 
 def write_header(request: int, handle: bytes, offset: int, length: int) -> bytes:

@@ -55,6 +55,7 @@ from stagefs.remote.sftp_messages import (
     Put,
     Remove,
     Sent,
+    SetTimes,
     Stat,
     Version,
     Whole,
@@ -197,6 +198,13 @@ class SshRemote:
             report = await exchange.next()
         if isinstance(report, Failed) and report.kind is not FailureKind.MISSING:
             raise _error(url, report, verb="removed")
+
+    async def set_mtime(self, url: str, mtime_s: int) -> None:
+        """Give an object its time of modification."""
+        async with self._exchange(url, SetTimes(next(self._ops), _path(url), mtime_s)) as exchange:
+            report = await exchange.next()
+        if isinstance(report, Failed):
+            raise _error(url, report, verb="given its time")
 
     async def aclose(self) -> None:
         self._closed = True
