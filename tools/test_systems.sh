@@ -24,6 +24,7 @@ prepare() {
 # Debian's own packages of batch systems, whose services are not started: the tests run them on
 # private machines. And what makes and tries the relocatable tarball.
 systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2
+         slurmctld slurmd slurm-client munge
          patchelf binutils mmdebstrap)
 vagrant/provision/debian.sh "${systems[@]}"
 

@@ -225,12 +225,17 @@ class JobMount:
             with self._owner.acting():
                 (self._cache / UNUSED_SINCE).unlink(missing_ok=True)
         if os.geteuid() == 0 and self._owner.uid != 0:
-            options += ["--user", self._owner.name]
+            # Batch systems change to a job's directory with the job's effective user alone, which a
+            # mount that is not for others does not let in.  Others stay out by the root's mode.
+            options += ["--user", self._owner.name, "--allow-other"]
         if self._config_file is not None:
             options += ["--config", str(self._config_file)]
         done = _stagefs(["mount", str(self.point), *options], timeout_s=MOUNT_TIMEOUT_S)
         if done.returncode:
             raise MountFailed(_sentence(done))
+        with self._owner.acting():
+            self.point.stat()  # until it has asked once the kernel takes the root for uid 0's
+            self.point.chmod(0o700)
 
     @property
     def sandbox(self) -> str:

@@ -23,7 +23,8 @@ MANIFEST, INPUTS, OUTPUTS = "STAGEFS_MANIFEST", "STAGEFS_IN", "STAGEFS_OUT"
 
 
 class PathMap(msgspec.Struct, frozen=True):
-    """``entries``: "host:/directory" -> the URL under which this machine reaches that directory.
+    """``entries``: "host:/directory" -> the URL under which this machine reaches that directory;
+    "*:/directory" is that of any host.
 
     ``here`` is this machine's name.
     """
@@ -38,7 +39,8 @@ class PathMap(msgspec.Struct, frozen=True):
             name, _, prefix = key.partition(":")
             prefix = prefix.rstrip("/")
             inside = path == prefix or path.startswith(f"{prefix}/")
-            if _same(name, host) and inside and (best is None or len(prefix) > len(best[0])):
+            is_longer = best is None or len(prefix) > len(best[0])
+            if (name == "*" or _same(name, host)) and inside and is_longer:
                 best = (prefix, url)
         if best is None:
             return None
@@ -47,11 +49,11 @@ class PathMap(msgspec.Struct, frozen=True):
         literal = url.partition(":")[0] in LITERAL_SCHEMES
         return url.rstrip("/") + (rest if literal else quote_path(rest))
 
-    def shared(self, host: str, path: str) -> str:
-        """For what the submitter sees as a file: without an entry, a file system that both hosts
     def is_here(self, host: str) -> bool:
         return not host or _same(host, self.here)
 
+    def shared(self, host: str, path: str) -> str:
+        """For what the submitter sees as a file: without an entry, a file system that both hosts
         have."""
         return self.mapped(host, path) or f"file://{quote_path(path)}"
 
@@ -107,6 +109,12 @@ def declared(
         wanted,
         outputs=[msgspec.structs.replace(output, optional=True) for output in wanted.outputs],
     )
+
+
+def input_names(variables: Mapping[str, str]) -> set[str]:
+    """Those that STAGEFS_IN names.  Raises InvalidManifest."""
+    text = variables.get(INPUTS, "")
+    return {decode_path(left) for left, _ in _pairs(INPUTS, text, "NAME=URL")}
 
 
 def _pairs(variable: str, text: str, shape: str) -> Iterator[tuple[str, str]]:

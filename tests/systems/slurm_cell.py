@@ -1,0 +1,117 @@
+"""A Slurm cluster on a private machine, from Debian's unmodified packages: munged, slurmctld and
+slurmd, all of them root's, as slurmd is on a real cluster.  Jobs are an ordinary user's.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.support.private_machine import PrivateMachine
+from tests.support.waiting import wait_until
+
+DIRECTORIES = ("ctld", "spool", "log", "munge")
+CONFIGURATION = """ClusterName=stagefs
+SlurmctldHost={name}(127.0.0.1)
+AuthType=auth/munge
+AuthInfo=socket={top}/munge.sock
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={top}/ctld
+SlurmdSpoolDir={top}/spool/%n
+SlurmctldPidFile={top}/slurmctld.pid
+SlurmdPidFile={top}/slurmd.%n.pid
+SlurmctldLogFile={top}/log/slurmctld.log
+SlurmdLogFile={top}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+MpiDefault=none
+SwitchType=switch/none
+KillWait=2
+{nodes}
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class SlurmCell:
+    """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it."""
+
+    def __init__(
+        self,
+        machine: PrivateMachine,
+        *,
+        settings: Mapping[str, str],
+        plugins: Mapping[str, str],
+        nodes: int = 1,
+    ) -> None:
+        self._machine = machine
+        self._top = machine.directory
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self.environment = {"SLURM_CONF": str(self._top / "slurm.conf")}
+        for name in DIRECTORIES:
+            (self._top / name).mkdir(mode=0o755)
+        lines = [
+            f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={17001 + number}"
+            " CPUs=4 State=UNKNOWN"
+            for number, node in enumerate(self.nodes)
+        ]
+        text = CONFIGURATION.format(top=self._top, name=machine.name, nodes="\n".join(lines))
+        text += "".join(f"{name}={value}\n" for name, value in settings.items())
+        (self._top / "slurm.conf").write_text(text)
+        for name, content in plugins.items():
+            (self._top / name).write_text(content)
+        self._start()
+
+    def _start(self) -> None:
+        key = self._top / "munge/key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        (self._top / "munge").chmod(0o700)
+        names = ("key-file=munge/key", "socket=munge.sock", "pid-file=munge/pid",
+                 "log-file=munge/log", "seed-file=munge/seed")  # fmt: skip
+        options = [f"--{name.replace('=', f'={self._top}/')}" for name in names]
+        self._machine.run("munged", "--force", *options)
+        self.run("slurmctld")
+        wait_until(self._answers, "an answer of slurmctld", deadline_s=60)
+        for node in self.nodes:
+            self.run("slurmd", "-N", node)
+        wait_until(lambda: self.states() == {"idle"}, "idle nodes", deadline_s=60)
+
+    def run(self, *command: str | Path, check: bool = True) -> str:
+        """A command of Slurm as its administrator's."""
+        return self._machine.run(*command, environment=self.environment, check=check)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(AssertionError):
+            return "UP" in self.run("scontrol", "ping")
+        return False
+
+    def states(self) -> set[str]:
+        """Of the nodes, each with the reason for which it is out of service."""
+        said = self.run("sinfo", "-h", "-N", "-o", "%t %E").splitlines()
+        return {line.removesuffix(" none") for line in said}
+
+    def job(self, job: str) -> dict[str, str]:
+        """What the controller knows of a job."""
+        words = self.run("scontrol", "-o", "show", "job", job).split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def is_over(self, job: str) -> bool:
+        """It has ended, and its epilog has, too."""
+        return not self.run("squeue", "-h", "-j", job, check=False).strip().startswith(job) and (
+            not self.run("squeue", "-h", "-t", "CG", check=False).strip()
+        )
+
+    def log(self) -> str:
+        return "\n".join(
+            path.read_text("utf-8", "replace") for path in (self._top / "log").iterdir()
+        )

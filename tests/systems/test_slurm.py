@@ -1,0 +1,310 @@
+"""Slurm itself, from Debian's packages: `stagefs prolog`, `task-prolog` and `epilog` stage for its
+jobs, with nginx and sshd as other hosts (L1 to L5).  slurmd is root's; jobs are an ordinary user's.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.identity import CHECKOUT, NOBODY, Identity
+from tests.support.nginx import Nginx, running_nginx
+from tests.support.private_machine import PrivateMachine
+from tests.support.served import content
+from tests.support.sshd import Login, Sshd, running_sshd
+from tests.support.waiting import wait_until
+from tests.systems.slurm_cell import SlurmCell
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(os.geteuid() != 0, reason="a private machine needs root"),
+]
+SHIPPED = CHECKOUT / "mount/slurm"
+SETTLED_S = 60.0
+
+
+@dataclasses.dataclass
+class Cluster:
+    """A cluster of one node, and two other hosts: nginx, and sshd, whose /data is ``data`` here."""
+
+    machine: PrivateMachine
+    cell: SlurmCell
+    nginx: Nginx
+    sshd: Sshd
+    data: Path
+    home: Path
+
+    def submit(self, script: str, *options: str, check: bool = True, **variables: str) -> str:
+        """The job's number; the script's output goes to JOB.out in ``home``."""
+        path = self.home / "job.sh"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        words = [
+            "sbatch",
+            "--parsable",
+            "-o",
+            "%A.%a.out" if "--array=1-3" in options else "%j.out",
+        ]
+        return self.as_user(*words, *options, path, check=check, **variables).strip()
+
+    def as_user(self, *words: str | Path, check: bool = True, **variables: str) -> str:
+        return self.machine.run(
+            *words,
+            uid=NOBODY,
+            environment={**self.cell.environment, "HOME": str(self.home), **variables},
+            directory=self.home,
+            check=check,
+        )
+
+    def wait_for_end(self, job: str) -> str:
+        """The job's state, when its epilog is over."""
+        wait_until(
+            lambda: self.cell.is_over(job),
+            f"the end of job {job}",
+            deadline_s=SETTLED_S,
+            told=self.cell.log,
+        )
+        return self.cell.job(job).get("JobState", "")
+
+    def output(self, job: str) -> str:
+        return (self.home / f"{job}.out").read_text()
+
+    def serve(self, name: str, data: bytes) -> str:
+        """The URL of a new file at nginx."""
+        (self.nginx.root / name).write_bytes(data)
+        return self.nginx.url(name)
+
+    def sent_bytes(self, name: str) -> int:
+        return sum(one.sent_bytes for one in self.nginx.asked() if name in one.uri)
+
+    def url(self, name: str) -> str:
+        """Of a file at sshd."""
+        return self.sshd.url_of(f"{self.data}/{name}")
+
+    def assert_nothing_is_left(self) -> None:
+        wait_until(
+            lambda: not self.machine.programs("stagefs.supervisor"), "the end of all supervisors"
+        )
+        assert not self.machine.staging_mounts()
+        assert not self.machine.programs("stagefs.daemon")
+        run = Path(f"/proc/{self.machine.pid}/root/run/stagefs")
+        assert not run.exists() or [path.name for path in run.iterdir()] == []
+        states = self.machine.directory / "state"
+        assert [one.name for one in states.glob("stagefs-*/*") if one.suffix != ".cache"] == []
+        assert not list(self.home.glob("stagefs-*.err"))
+
+
+@pytest.fixture(scope="module")
+def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Iterator[Cluster]:
+    top = session_directory / "slurm"
+    for name in ("", "data", "home", "sshd", "state", "nginx"):
+        (top / name).mkdir()
+    (top / "state").chmod(0o1777)
+    shutil.chown(top / "home", NOBODY, NOBODY)
+    machine = PrivateMachine("slurmhost", top)
+    try:
+        with machine.in_network():
+            servers = running_nginx(top / "nginx"), running_sshd(top / "sshd", login=Login.mine())
+            nginx, sshd = servers[0].__enter__(), servers[1].__enter__()
+        shutil.chown(sshd.identity, NOBODY, NOBODY)
+        hooks = install(machine, all_identities["root"].bin, settings(top, sshd))
+        cell = SlurmCell(machine, settings=hooks, plugins={})
+        yield Cluster(machine, cell, nginx, sshd, top / "data", top / "home")
+        for server in servers:
+            server.__exit__(None, None, None)
+    finally:
+        machine.end()
+
+
+def settings(top: Path, sshd: Sshd) -> Path:
+    path = top / "stagefs.conf"
+    path.write_text(
+        f'[state]\nbase = "{top}/state"\n'
+        f'[remote.ssh]\nconfig = "{sshd.ssh_config}"\nattempts = 1\n'
+        "connect_timeout_s = 2\n"
+        "[stage_out]\ndrain_s = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 8\n"
+        f'[path_map]\n"*:/data" = "{sshd.url_of(top / "data")}"\n'
+    )
+    return path
+
+
+def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dict[str, str]:
+    """The scripts that are shipped, with what an administrator writes into them; and the lines of
+    slurm.conf that name them."""
+    lines = {"PrologFlags": "Alloc"}
+    for setting, name in (
+        ("Prolog", "prolog.sh"),
+        ("TaskProlog", "task_prolog.sh"),
+        ("Epilog", "epilog.sh"),
+    ):
+        text = (SHIPPED / name).read_text()
+        for old, new in (
+            ("stagefs=/usr/local/bin/stagefs", f"stagefs={programs}/stagefs"),
+            ("--scheduler slurm", f"--scheduler slurm --config {configuration}"),
+        ):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        path = machine.directory / name
+        path.write_text(text)
+        path.chmod(0o755)
+        lines[setting] = str(path)
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def clean(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.assert_nothing_is_left()
+    assert cluster.cell.states() == {"idle"}
+
+
+def test_an_array_fetches_its_shared_input_once(cluster: Cluster) -> None:
+    data = content(3_000_000, "array")
+    url = cluster.serve("shared.dat", data)
+    job = cluster.submit(
+        'cat "$STAGEFS_SANDBOX/in.dat" | sha256sum\n'
+        "srun -n1 bash -c 'sha256sum <\"$STAGEFS_MOUNT/tasks/job-$SLURM_JOB_ID/in.dat\"'",
+        "--array=1-3",
+        f"--comment=stagefs: in:in.dat={url}",
+    )
+    cluster.wait_for_end(job)
+    expected = f"{hashlib.sha256(data).hexdigest()}  -\n" * 2
+    assert [cluster.output(f"{job}.{number}") for number in (1, 2, 3)] == [expected] * 3
+    assert cluster.sent_bytes("shared.dat") == len(data)
+
+
+def test_what_was_fetched_for_one_job_is_there_for_the_next(cluster: Cluster) -> None:
+    data = content(1_000_000, "again")
+    url = cluster.serve("again.dat", data)
+    for _ in range(2):
+        job = cluster.submit(
+            'sha256sum <"$STAGEFS_SANDBOX/in.dat"', f"--comment=stagefs: in:in.dat={url}"
+        )
+        assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+        cluster.assert_nothing_is_left()
+        assert cluster.output(job).startswith(hashlib.sha256(data).hexdigest())
+    assert cluster.sent_bytes("again.dat") == len(data)
+
+
+def test_a_cancelled_job_leaves_its_outputs_and_no_mount(cluster: Cluster) -> None:
+    url = cluster.serve("half", b"half\n")
+    job = cluster.submit(
+        'cd "$STAGEFS_SANDBOX" && cat in >part.log && touch ~/working && sleep 600',
+        f"--comment=stagefs: in:in={url} out:*.log={cluster.url('kept/')}",
+    )
+    wait_until(
+        (cluster.home / "working").exists,
+        "the job at work",
+        deadline_s=SETTLED_S,
+        told=lambda: cluster.cell.log() + cluster.output(job),
+    )
+    assert len(cluster.machine.staging_mounts()) == 1
+    cluster.as_user("scancel", job)
+    assert cluster.wait_for_end(job) == "CANCELLED"
+    assert (cluster.data / "kept/part.log").read_text() == "half\n"
+
+
+def test_a_missing_input_fails_the_job_and_not_the_node(cluster: Cluster) -> None:
+    absent = cluster.nginx.url("absent")
+    script = "touch ~/has-run"
+    declared = {
+        f"--comment=stagefs: in:x={absent}": {},
+        "--comment=stagefs:": {"STAGEFS_IN": f"x={absent}"},
+    }
+    for comment, variables in declared.items():
+        job = cluster.submit(script, comment, **variables)
+        assert cluster.wait_for_end(job) == "FAILED"
+        said = cluster.output(job)
+        assert absent in said, cluster.cell.log()
+        assert said.startswith("stagefs: ")
+        assert cluster.cell.states() == {"idle"}
+    assert not (cluster.home / "has-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("comment", "variables", "expected"),
+    [
+        ("stagefs: ref.fa", {}, "write in:NAME=URL"),
+        ("stagefs: in:x", {}, "write NAME=URL"),
+        ("stagefs: manifest:absent.toml", {}, "absent.toml cannot be read"),
+        ("nothing", {"STAGEFS_IN": "x=file:///etc/hosts"}, "submit it with --comment=stagefs:"),
+        (
+            "stagefs: in:x=file:///etc/hosts",
+            {"STAGEFS_IN": "y=file:///etc/hosts"},
+            "The input y is declared after",
+        ),
+    ],
+)
+def test_a_wrong_request_is_told_in_the_jobs_output(
+    cluster: Cluster, comment: str, variables: dict[str, str], expected: str
+) -> None:
+    job = cluster.submit("echo ran", f"--comment={comment}", **variables)
+    assert cluster.wait_for_end(job) == "FAILED"
+    said = cluster.output(job)
+    assert expected in said
+    assert "ran" not in said.splitlines()
+
+
+def test_a_request_in_the_environment(cluster: Cluster) -> None:
+    (cluster.data / "a, b").write_text("one\n")
+    (cluster.home / "near by").write_text("two\n")
+    (cluster.home / "job.toml").write_text(
+        f'[inputs]\nlisted = "{cluster.serve("listed", b"three")}"\n'
+    )
+    job = cluster.submit(
+        'cd "$STAGEFS_SANDBOX" && srun -n2 true && cat "far, off" near listed >made.txt && ls',
+        "--comment=stagefs:",
+        "-n2",
+        STAGEFS_MANIFEST="job.toml",
+        STAGEFS_IN="far%2C%20off=/data/a%2C%20b near=file://" + f"{cluster.home}/near%20by",
+        STAGEFS_OUT=f"made.*={cluster.url('plain/')}",
+    )
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+    assert (cluster.data / "plain/made.txt").read_text() == "one\ntwo\nthree"
+    # Nothing of StageFS is in the job's own output.
+    assert cluster.output(job).splitlines() == ["far, off", "listed", "made.txt", "near"]
+
+
+def test_a_job_that_asks_for_nothing(cluster: Cluster) -> None:
+    job = cluster.submit("env | grep STAGEFS; ls -d /run/stagefs/*; echo ran")
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+    assert cluster.output(job).splitlines()[-1] == "ran"
+    assert "STAGEFS" not in cluster.output(job)
+    assert job not in cluster.output(job)
+
+
+def test_outputs_that_nobody_takes_are_kept_and_go_out_with_the_next_job(cluster: Cluster) -> None:
+    comment = f"--comment=stagefs: out:result*={cluster.url('late/')}"
+    at_work, go = (cluster.home / name for name in ("keeping", "go"))
+    job = cluster.submit(
+        'echo precious >"$STAGEFS_SANDBOX/result.1"\n'
+        f"touch {at_work}; until [ -e {go} ]; do sleep 0.1; done",
+        comment,
+    )
+    wait_until(at_work.exists, "the job at work", deadline_s=SETTLED_S)
+    cluster.sshd.freeze()
+    try:
+        go.touch()
+        cluster.wait_for_end(job)
+    finally:
+        cluster.sshd.thaw()
+    told = cluster.home / f"stagefs-{job}.err"
+    reason = told.read_text()
+    assert f"1 outputs of job {job} are not uploaded" in reason
+    assert told.stat().st_uid == NOBODY
+    told.unlink()
+    assert not cluster.machine.staging_mounts()
+    (kept,) = (
+        path
+        for path in (cluster.machine.directory / "state").glob("stagefs-*/*")
+        if path.suffix != ".cache"
+    )
+    assert str(kept) in reason
+    assert not (cluster.data / "late/result.1").exists()
+    job = cluster.submit('echo new >"$STAGEFS_SANDBOX/result.2"', comment)
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+    assert (cluster.data / "late/result.1").read_text() == "precious\n"
+    assert (cluster.data / "late/result.2").read_text() == "new\n"
