@@ -7,6 +7,7 @@ shared file needs a copy first.  Reading and handles are ``vfs``'s.
 Concurrency: trio thread.  symlink waits for a remote at most ``answer_deadline_s``.
 """
 
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from stagefs.vfs.learning import Learning
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME
 from stagefs.vfs.workspace import Caller, Workspace
+
+log = logging.getLogger(__name__)
 
 _OURS = b"user.stagefs."
 _ACCESS_LISTS = b"system.posix_acl"
@@ -148,9 +151,19 @@ class Changes:
     async def symlink(
         self, parent: Inode, name: str, target: str, *, owner: Owner, operation: int | None
     ) -> Node | None:
-        """An ordinary symlink, or for a URL a virtual link; None says that it became the latter."""
+        """An ordinary symlink, or for a URL a virtual link; None says that it became the latter.
+
+        The daemon follows a URL with the rights and credentials of the mount's user, and a name
+        in staging/ past the modes of the directories on the way: nobody else gets to use them.
+        """
         self._refuse_virtual(parent, name)
         scheme = _scheme(target)
+        if scheme is not None and owner.uid not in (0, self._owner.uid):
+            log.warning("refused user %d a link by URL (%s)", owner.uid, scheme)
+            raise NotPermitted(
+                f"User {owner.uid} cannot link a URL in a mount of user {self._owner.uid}, whose"
+                " credentials it would use: let him name it in staging/, and link that with ln."
+            )
         if scheme == "staging":
             path = target.removeprefix("staging://").strip("/")
             node = self._namespace.resolve(f"staging/{path}" if path else "staging")
