@@ -71,11 +71,13 @@ class Sources:
 
 
 class _Piece(ResumedSink):
-    """The sink of one piece: tells the server's standing of what lands."""
+    """The sink of one piece: tells the server's standing of what lands.  ``has_elsewhere``: see
+    ``remote.guard.ChoosySink``."""
 
-    def __init__(self, sink: Sink, span: Span, standing: Standing) -> None:
+    def __init__(self, sink: Sink, span: Span, standing: Standing, *, has_elsewhere: bool) -> None:
         super().__init__(sink, span)
         self._standing = standing
+        self.has_elsewhere = has_elsewhere
 
     def landed(self, span: Span) -> None:
         super().landed(span)
@@ -218,7 +220,7 @@ class Replicas:
             if chosen.bytes_max is not None and task.content.ranges:
                 span = Span(span.start, min(chosen.bytes_max, span.length))
             leaves = not patient and len(task.sources.left(tried)) > 1
-            piece = _Piece(task.sink, span, source.standing)
+            piece = _Piece(task.sink, span, source.standing, has_elsewhere=leaves)
             try:
                 await self._fetch_piece(
                     task.content, source, span, piece, is_sample=chosen.is_sample, leaves=leaves

@@ -4,11 +4,14 @@
 down would only fail later, and lets nobody in while the server wants to be left alone.
 ``MeasuredRemote`` stands behind them, around the driver: it tells ``Health`` how each attempt
 went, and begins a transfer anew, once and behind the last byte that landed, that takes longer
-than nearly all before it.  Both share one ``Health``.  They live in the trio thread.
+than nearly all before it; whose sink has another replica to turn to is sent there instead.  The
+slow transfer is ended and not raced: no byte is fetched twice, and a server in trouble gets no
+more to do.  Both share one ``Health``.  They live in the trio thread.
 """
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -18,6 +21,14 @@ from stagefs.remote.base import BatchItem, Remote, Results, Sink
 from stagefs.remote.health import Health
 from stagefs.remote.retry import ResumedSink
 from stagefs.remote.settings import RemoteSettings
+
+
+@runtime_checkable
+class ChoosySink(Protocol):
+    """A sink whose owner may ask another replica."""
+
+    @property
+    def has_elsewhere(self) -> bool: ...
 
 
 class GuardedRemote:
@@ -122,6 +133,11 @@ class MeasuredRemote:
             with trio.move_on_after(patience_s), self._timed(resumed):
                 return await self._remote.fetch(url, span, sink=resumed, validator=validator)
             self._health.was_slow(url, trio.current_time())
+            if isinstance(sink, ChoosySink) and sink.has_elsewhere:
+                raise DeadlineExceeded(
+                    f"The transfer of {url} is slower than nearly all before it: another replica "
+                    "is asked."
+                )
             version = resumed.found.validator if resumed.found else validator
             if resumed.position > span.start and version is None:
                 raise RemoteUnavailable(

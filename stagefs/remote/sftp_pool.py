@@ -24,6 +24,9 @@ IDLE_S = 600.0
 IDLE_EXTRA_S = 60.0
 # When a further connection was refused, the first one has to do for so long.
 EXTRA_BACKOFF_S = 60.0
+# A session whose server has said nothing for so long gets no more to do while there is another, and
+# for a large transfer another is made: one that is begun anew must not land on what stalled.
+SILENT_S = 3.0
 BUSY_BYTES = 1 << 20
 TICK_S_MAX = 0.25
 
@@ -75,11 +78,28 @@ class Pool:
             if not any(session.ending_since is None for session in self._sessions):
                 self._connect()
             return
-        chosen = _choose(ready, operation)
+        lively = [session for session in ready if session.silent_for_s(now) <= SILENT_S]
+        if operation.bulk and not lively and self._may_replace(now):
+            self._waiting.append(operation)
+            return
+        chosen = _choose(lively or ready, operation)
         operation.begin(chosen)
         busy = chosen.in_flight_bytes > BUSY_BYTES and chosen.spreads
         if busy and len(self._sessions) < self._order.connections and now >= self._extra_after:
             self._connect()
+
+    def _may_replace(self, now: float) -> bool:
+        """All sessions are silent: whether there is, or now will be, one that connects."""
+        if self._is_connecting:
+            return True
+        if len(self._sessions) > self._order.connections or now < self._extra_after:
+            return False
+        self._connect()
+        return self._is_connecting
+
+    @property
+    def _is_connecting(self) -> bool:
+        return any(not session.ready and session.ending_since is None for session in self._sessions)
 
     def withdraw(self, operation: BaseOperation) -> None:
         """An operation that ended before it had a session."""
@@ -263,6 +283,8 @@ class Pool:
                 self._lost(session, self._silence(order.connect_timeout_s))
         elif session.operations:
             self._judge_operations(session)
+        elif len(self._sessions) > 1 and session.silent_for_s(now) > order.progress_timeout_s:
+            self._drop(session)
         else:
             extra = session is not self._sessions[0]
             idle_s = now - max(session.last_answered, session.ready_since)

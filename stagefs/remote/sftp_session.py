@@ -217,6 +217,14 @@ class Session:
         """Whether something is unsent or unanswered."""
         return bool(self._outgoing or self._expected)
 
+    def silent_for_s(self, now: float) -> float:
+        """How long the server has owed an answer and sent nothing."""
+        if not self._expected:
+            return 0.0
+        # Requests are kept in the order in which they were made.
+        oldest = next(iter(self._expected.values()))
+        return now - max(self.last_answered, oldest.asked)
+
     def flush(self) -> bool:
         """Send what is to be sent.  Returns whether everything went out.  Raises OSError."""
         outgoing = self._outgoing

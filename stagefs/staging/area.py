@@ -250,6 +250,7 @@ class StagingArea:
         answer = await change
         await self._invalidations.settled()
         return answer
+            slow_transfers={one.url: one.slow_transfers for one in self._remotes.statuses()},
 
     async def stage_in(
         self, request: values.StageIn, progress: ProgressCallback

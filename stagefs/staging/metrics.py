@@ -50,6 +50,12 @@ METRICS = {
         "counter", "Transfers that failed for good.", ("site", "errno")
     ),
     "stagefs_remote_retries_total": Metric("counter", "Requests to remotes that were repeated."),
+    "stagefs_remote_slow_transfers_total": Metric(
+        "counter",
+        "Transfers that took longer than nearly all before them and were begun anew, at another"
+        " replica where there is one.",
+        ("site",),
+    ),
     "stagefs_checksum_mismatches_total": Metric(
         "counter", "Objects that were not what was declared of them."
     ),
@@ -88,6 +94,7 @@ def render(
     measures: Measures,
     fetch_errors: Mapping[tuple[str, str], int],
     retries: int,
+    slow_transfers: Mapping[str, int],
     queue_age_s: float,
 ) -> str:
     """All of METRICS, in its order; those of a cache that there is not are left out."""
@@ -96,6 +103,9 @@ def render(
         **_of_requests(measures),
         "stagefs_fetch_failures_total": list(fetch_errors.items()),
         "stagefs_remote_retries_total": [((), retries)],
+        "stagefs_remote_slow_transfers_total": [
+            ((site,), count) for site, count in slow_transfers.items()
+        ],
         "stagefs_unexpected_errors_total": [
             ((), status.counters["unexpected"] + measures.unexpected)
         ],

@@ -283,11 +283,11 @@ class S3Served:
         self._gateway_environment = gateway.environment
         self._store = gateway.bucket(self._bucket)
         self._top = top
-        (self._port,) = free_ports(1)
+        (self.port,) = free_ports(1)
         conf = top / "nginx.conf"
         user = "user root;" if os.geteuid() == 0 else ""
         conf.write_text(
-            _FRONT_CONF.format(top=top, port=self._port, endpoint=gateway.endpoint, user=user)
+            _FRONT_CONF.format(top=top, port=self.port, endpoint=gateway.endpoint, user=user)
         )
         program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
         assert program is not None, "nginx is not installed (apt-get install nginx-light)"
@@ -297,10 +297,10 @@ class S3Served:
 
     def _answers(self) -> bool:
         with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", self._port)) == 0
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def environment(self, identity: Identity) -> Mapping[str, str]:
-        endpoint = f"http://127.0.0.1:{self._port}"
+        endpoint = f"http://127.0.0.1:{self.port}"
         return {**self._gateway_environment, "AWS_ENDPOINT_URL": endpoint}
 
     def put(self, name: str, data: bytes) -> str:

@@ -256,3 +256,33 @@ def test_a_withdrawn_operation_is_forgotten(bench: Bench) -> None:
     bench.turn()
     bench.turn(30)
     assert bench.reports == []
+
+
+def test_what_is_begun_anew_does_not_land_on_the_session_that_stalled(bench: Bench) -> None:
+    fd = os.memfd_create("sink")
+
+    def large() -> FetchOperation:
+        bench.ops += 1
+        fetch = Fetch(bench.ops, b"/l", 0, 64 << 20, 0, None)
+        operation = FetchOperation(fetch, os.dup(fd), bench, now=bench.now)
+        bench.pool.submit(operation, bench.now)
+        bench.turn()
+        return operation
+
+    slow = large()
+    os.write(bench.transports[0].answers, VERSION)
+    bench.turn()
+    bench.turn(5)
+    slow.end(None)
+    again, beside = large(), large()
+    assert len(bench.transports) == 2, "not one new connection for both"
+    os.write(bench.transports[1].answers, VERSION)
+    bench.turn()
+    assert again.session is beside.session is not None
+    assert again.session is not slow.session
+    assert bench.ask().session is again.session, "a question went to the silent session"
+    again.end(None)
+    beside.end(None)
+    bench.turn(16)
+    assert bench.transports[0].told_to_end, "the silent session is kept"
+    os.close(fd)
