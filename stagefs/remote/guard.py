@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import trio
 
-from stagefs.errors import RemoteDown, RemoteUnavailable, StageFSError
+from stagefs.errors import DeadlineExceeded, RemoteDown, RemoteUnavailable, StageFSError
 from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span
 from stagefs.remote.base import BatchItem, Remote, Results, Sink
 from stagefs.remote.health import Health
