@@ -10,6 +10,8 @@ import threading
 
 import xxhash
 
+from stagefs.page_buffer import page_buffer
+
 _BUFFER_BYTES = 1 << 20
 _buffers = threading.local()
 
@@ -21,7 +23,7 @@ def slot_of(fd: int, offset: int, length: int) -> int:
     """
     buffer: memoryview | None = getattr(_buffers, "view", None)
     if buffer is None:
-        buffer = _buffers.view = memoryview(bytearray(_BUFFER_BYTES))
+        buffer = _buffers.view = page_buffer(_BUFFER_BYTES)
     if length <= _BUFFER_BYTES and os.preadv(fd, [buffer[:length]], offset) == length:
         return xxhash.xxh3_64_intdigest(buffer[:length]) or 1
     digest = xxhash.xxh3_64()

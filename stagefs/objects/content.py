@@ -21,6 +21,7 @@ from stagefs.model import MIB, Checksum, Inode, ObjectId, Span
 from stagefs.namespace.node import Node
 from stagefs.objects.courtesy import COURTESY
 from stagefs.objects.readahead import ReadAhead
+from stagefs.page_buffer import page_buffer
 
 ABSENT, PRESENT, VERIFIED = 0, 1, 2
 
@@ -30,7 +31,7 @@ COMMIT_CHUNKS = 4
 
 # pyfuse3 copies a read's answer into the device before anything else runs in this thread,
 # so all inline reads can share one buffer.
-_BUFFER = memoryview(bytearray(MIB))
+_BUFFER = page_buffer(MIB)
 _EMPTY = memoryview(b"")
 
 
@@ -177,6 +178,20 @@ class Content:
         waiting, self.waiting = self.waiting, {}
         for event in waiting.values():
             event.set()
+
+    def read_at_once(self, entry: ReadableEntry, offset: int, length: int) -> memoryview | None:
+        """What the page cache holds of chunks that are VERIFIED; None: not all of it.
+
+        Valid until the next call, for any content.
+        """
+        if self.preadv_flags is None or length > len(_BUFFER):
+            return None
+        piece = _BUFFER[:length]
+        try:
+            done = os.preadv(entry.fd, (piece,), entry.base + offset, self.preadv_flags)
+        except OSError:
+            return None
+        return piece if done == length else None
 
     async def wait(self, chunk: int) -> None:
         event = self.waiting.get(chunk)
@@ -408,14 +423,9 @@ class OpenObject:
         shift = entry.chunk_shift
         first = offset >> shift
         last = ((stop - 1) >> shift) + 1
-        if entry.state.count(VERIFIED, first, last) != last - first or content.preadv_flags is None:
+        if entry.state.count(VERIFIED, first, last) != last - first:
             return None
-        piece = _BUFFER[:length]
-        try:
-            done = os.preadv(entry.fd, (piece,), entry.base + offset, content.preadv_flags)
-        except OSError:
-            return None
-        if done != length:
-            return None
-        COURTESY.served += 1
-        return piece
+        data = content.read_at_once(entry, offset, length)
+        if data is not None:
+            COURTESY.served += 1
+        return data

@@ -251,18 +251,13 @@ class Objects:
                     self._fetcher.plan(content, span, urgent=span)
                 await content.wait(chunk)
 
-    async def _pread(self, content: Content, span: Span) -> bytes | None:
+    async def _pread(self, content: Content, span: Span) -> memoryview | bytes | None:
         """The bytes from the cache file, or None when a chunk was dropped in the meantime."""
         entry = content.entry
         assert entry is not None
-        if content.preadv_flags is not None:
-            buffer = bytearray(span.length)
-            try:
-                done = os.preadv(entry.fd, (buffer,), entry.base + span.start, content.preadv_flags)
-            except OSError:
-                done = 0
-            if done == span.length:
-                return bytes(buffer)
+        ready = content.read_at_once(entry, span.start, span.length)
+        if ready is not None:
+            return ready
         epoch = entry.epoch
         try:
             data = await trio.to_thread.run_sync(

@@ -26,13 +26,14 @@ from stagefs.outputs.local_file import LocalFile, Piece
 from stagefs.outputs.local_filling import Filling, LocalCopy, ReadBase
 from stagefs.outputs.local_pace import SLOW_S, Pace
 from stagefs.outputs.local_table import LocalTable
+from stagefs.page_buffer import page_buffer
 
 SECTOR_BYTES = 512
 # Freeing more than this takes long enough to go to a thread.
 _CUT_INLINE_BYTES_MAX = 64 * MIB
 
 # What reads answer with: pyfuse3 copies it into the device before anything else runs.
-_BUFFER = memoryview(bytearray(MIB))
+_BUFFER = page_buffer(MIB)
 
 
 class LocalFiles:

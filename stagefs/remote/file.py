@@ -35,6 +35,7 @@ from stagefs.model import (
     Span,
     WholeObject,
 )
+from stagefs.page_buffer import page_buffer
 from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
 from stagefs.remote.batch import not_the_version, shorter, too_large
 from stagefs.remote.credentials import CredentialStore
@@ -267,7 +268,7 @@ def _copy(call: SinkCall[ObjectInfo], url: str, span: Span, validator: str | Non
             raise shorter(url, span.stop, info.size_bytes)
         call.found(info)
         _copy_in_kernel(call, source, span)
-        buffer = memoryview(bytearray(min(PIECE_BYTES, call.missing_bytes)))
+        buffer = page_buffer(PIECE_BYTES)
         while call.missing_bytes:
             position = span.stop - call.missing_bytes
             count = os.preadv(source, [buffer[: call.missing_bytes]], position)

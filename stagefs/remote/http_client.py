@@ -28,6 +28,7 @@ from stagefs.errors import (
     StageFSError,
 )
 from stagefs.model import MIB, ObjectInfo
+from stagefs.page_buffer import page_buffer
 from stagefs.remote.http_access import proxy_of
 from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.threads import Call, SinkCall
@@ -234,7 +235,7 @@ def _buffer() -> memoryview:
     """One for each thread, because the system hands out fresh pages for each new one."""
     kept: memoryview | None = getattr(_serving, "buffer", None)
     if kept is None:
-        kept = _serving.buffer = memoryview(bytearray(PIECE_BYTES_MAX))
+        kept = _serving.buffer = page_buffer(PIECE_BYTES_MAX)
     return kept
 
 

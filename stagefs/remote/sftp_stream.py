@@ -13,6 +13,7 @@ import os
 import struct
 from typing import Protocol
 
+from stagefs.page_buffer import page_buffer
 from stagefs.remote.sftp_protocol import HEADER, PACKET_BYTES_MAX, Kind, ProtocolError
 
 # Small enough to stay in a core's cache between the two copies, larger than any packet.
@@ -67,7 +68,7 @@ class PacketStream:
     def __init__(self, fd: int, receiver: Receiver) -> None:
         self._fd = fd
         self._receiver = receiver
-        self._view = memoryview(bytearray(BUFFER_BYTES))
+        self._view = page_buffer(BUFFER_BYTES)
         self._stop = 0  # bytes at the front of the buffer that are not consumed yet
         self._sink: SinkFile | None = None
         self._sink_offset = 0

@@ -13,6 +13,7 @@ import xxhash
 
 from stagefs.errors import NoSpace, StageFSError, StateFailed
 from stagefs.model import MIB, Checksum, ChecksumKind
+from stagefs.page_buffer import page_buffer
 
 PIECE_BYTES = MIB
 # File systems that have no hard links, or none between these two places, get a copy.
@@ -41,7 +42,7 @@ def digests(
     Raises StateFailed.
     """
     made = [(kind, _digest(kind)) for kind in kinds]
-    buffer = memoryview(bytearray(PIECE_BYTES))
+    buffer = page_buffer(PIECE_BYTES)
     offset = 0
     try:
         while count := os.preadv(fd, [buffer], offset):
