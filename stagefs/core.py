@@ -255,8 +255,8 @@ class Core:
             attributes=Attributes(self.objects, self._pins, namespace.uploads_of),
             workspace=self.workspace,
             copying=self.copying,
-            learning=self.learning,
             roots=SandboxRoots(namespace, settings.workspace),
+            learning=self.learning,
             settings=settings.namespace,
             owner=self.owner,
             public=resources.remotes.public,
@@ -270,8 +270,8 @@ class Core:
             remotes=resources.remotes,
             invalidations=invalidations,
             changes=self.changes,
-            learning=self.learning,
             workspace=self.workspace,
+            learning=self.learning,
             stage_out=self.stage_out,
             settings=settings,
             mountpoint=mountpoint,
@@ -301,8 +301,8 @@ class Core:
         """Everything runs and the control socket answers.  The nursery is for what comes on top; it
         is cancelled at the end."""
         async with (
-            self.learning.running(),
             self.objects.running(),
+            self.learning.running(),
             self.bindings.running(),
             self.stage_out.running(),
             self.workspace.running(),
@@ -337,8 +337,8 @@ class Core:
         while self.namespace.purge():
             await trio.lowlevel.checkpoint()
         self.workspace.names_went()
-        await self.learning.write_down()
         self.recording.write_down()
+        await self.learning.write_down()
         await self.area.keep_house()
         await quietly(self.namespace.checkpoint)
 

@@ -240,6 +240,7 @@ class StagingArea:
             measures=self._measures,
             fetch_errors=self._objects.errors.by_site,
             retries=self._remotes.retries.count,
+            slow_transfers={one.url: one.slow_transfers for one in self._remotes.statuses()},
             queue_age_s=await self._queue.oldest_age_s(),
         )
 
@@ -250,7 +251,6 @@ class StagingArea:
         answer = await change
         await self._invalidations.settled()
         return answer
-            slow_transfers={one.url: one.slow_transfers for one in self._remotes.statuses()},
 
     async def stage_in(
         self, request: values.StageIn, progress: ProgressCallback

@@ -249,6 +249,7 @@ class Vfs:
         else:
             await self._revalidate_old(node)
             opened = self._objects.open(node)
+            self._learning.used(inode, granted)
         self.open_files[handle] = self._recording.wrapped(handle, opened, node, granted)
         return handle
 
@@ -257,7 +258,6 @@ class Vfs:
             self._serial = self._serial + 1 & SERIAL_MASK
             handle = Handle(self._serial << INODE_BITS | inode)
             if handle not in self.open_files and handle not in self._workspace.writers:
-            self._learning.used(inode, granted)
                 return handle
 
     async def _revalidate_old(self, node: Node) -> None:
