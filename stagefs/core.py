@@ -240,14 +240,15 @@ class Core:
             default=OnWrite(settings.workspace.on_write),
             live=self.local.live,
             links_changed=invalidations.inode,
+            name_changed=invalidations.entry,
         )
+        self.recording = Recording(namespace, pending, live=self.local.live)
         self.learning = Learning(
             namespace=namespace,
             objects=self.objects,
             ahead_bytes_max=settings.read.learned_ahead_bytes_max,
             directory=state,
         )
-        self.recording = Recording(namespace, pending, live=self.local.live)
         self.owner = Owner(os.geteuid(), os.getegid())
         self.changes = Changes(
             namespace=namespace,

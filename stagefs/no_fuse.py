@@ -128,6 +128,9 @@ class NobodyWrites:
     def put_copy_up(self, thread: int, inode: Inode) -> bool:
         return False
 
+    def sent_back(self, thread: int) -> Inode | None:
+        return None
+
     def wants_copy_up(self, thread: int, inode: Inode) -> bool:
         return False
 

@@ -333,6 +333,11 @@ class PendingLookups:
             return None
         return Inode(self._words[slot + 3])
 
+    def sent_back(self, thread: int) -> Inode | None:
+        """The file that the thread asked for when it was told to walk again."""
+        slot = self._slots.get(thread)
+        return None if slot is None else Inode(self._words[slot + 1])
+
     def _slot_of(self, thread: int, inode: Inode) -> int | None:
         slot = self._slots.get(thread)
         if slot is None:

@@ -115,7 +115,7 @@ class ReadOperations(DeviceOperations):
     async def getattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._encode(self._vfs.seen(Inode(inode)))
+        return self._encode(self._vfs.node(Inode(inode)))
 
     @answers
     async def readlink(

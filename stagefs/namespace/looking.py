@@ -173,6 +173,18 @@ class Looking:
             above = self._rows.name_of(inode)
         return None if above is None else (above[0], above[2])
 
+    def shown(self, inode: Inode, limit: int) -> list[tuple[Inode, str]]:
+        """(directory, name) wherever the inode is seen: its names, and the same in directories that
+        show theirs; at most ``limit``, and none of an inode with more names than that."""
+        with self._reading():
+            names = self._rows.names_of(inode)
+            found = (
+                (directory, decoded_name(name))
+                for parent, name in (names if len(names) <= limit else [])
+                for directory in (parent, *self._rows.overlays(parent))
+            )
+            return list(itertools.islice(found, limit))
+
     def overlays(self, directory: Inode) -> list[Inode]:
         """Directories that show this one: a name that changes here changes there."""
         with self._reading():

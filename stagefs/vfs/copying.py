@@ -20,6 +20,9 @@ from stagefs.namespace.store import Namespace
 
 log = logging.getLogger(__name__)
 
+# The kernel finds out about more names of a new version when they are opened.
+NAMES_TOLD_MAX = 2000
+
 
 class Pending(Protocol):
     """Threads that were told to walk again because they want to write."""
@@ -27,6 +30,8 @@ class Pending(Protocol):
     def __bool__(self) -> bool: ...
 
     def put_copy_up(self, thread: int, inode: Inode) -> bool: ...
+
+    def sent_back(self, thread: int) -> Inode | None: ...
 
     def wants_copy_up(self, thread: int, inode: Inode) -> bool: ...
 
@@ -52,14 +57,17 @@ class Copying:
         default: OnWrite,
         live: Callable[[Node], Node],
         links_changed: Callable[[Inode], None],
+        name_changed: Callable[[Inode, str], None],
     ) -> None:
         """``live``: a published file with its size and times.  ``links_changed``: the kernel's
-        idea of an inode's link count is out of date."""
+        idea of an inode's link count is out of date; ``name_changed``: that of a name in a
+        directory is."""
         self._namespace = namespace
         self.pending = pending
         self._default = default
         self._live = live
         self._links_changed = links_changed
+        self._name_changed = name_changed
         self.copied = 0
 
     def walk_again(self, node: Node, thread: int) -> StageFSError:
@@ -105,6 +113,10 @@ class Copying:
             )
             self.copied += 1
             self._links_changed(node.inode)
+            if shared:
+                for directory, other in self._namespace.shown(made.inode, NAMES_TOLD_MAX):
+                    if (directory, other) != (parent, name):
+                        self._name_changed(directory, other)
             node = made
         self.pending.drop(thread)
         return node

@@ -120,15 +120,25 @@ class Vfs:
         if node is None:
             # The kernel only wants to know that; the path of the directory would cost more SQL.
             raise NotFound(f"There is no {name!r} in the directory with inode {parent}.")
-        wanted = self._pending and self._pending.wants_copy_up(thread, node.inode)
-        records = self._pending and self._pending.wants_record(thread, node.inode)
+        before = node.inode
         if node.successor:
             node = self._namespace.rebind_name(parent, name, node.successor)
-        if wanted:
-            return self._copying.resolve(parent, name, node, thread)
-        if records:
-            self._recording.named(parent, name, node, thread)
+        if self._pending and (sent := self._pending.sent_back(thread)) is not None:
+            if sent not in (before, node.inode) and not self._leads_to(sent, node.inode):
+                return node
+            if self._pending.wants_copy_up(thread, sent):
+                return self._copying.resolve(parent, name, node, thread)
+            if self._pending.wants_record(thread, sent):
+                self._recording.named(parent, name, node, thread)
         return node
+
+    def _leads_to(self, old: Inode, new: Inode) -> bool:
+        """Whether a file became a newer version, to which names have moved meanwhile: the kernel
+        repeats a walk only once, so this is the walk that was asked for."""
+        try:
+            return self._namespace.newest(old).inode == new
+        except NotFound:
+            return False
 
     async def _show_binding(self, directory: Node, name: str | None) -> None:
         bound = self._bindings.shown_by(directory)
@@ -143,14 +153,6 @@ class Vfs:
         if inode >= DIRECTORY_INODE:
             return self._virtual.node(inode)
         return self._namespace.node(inode)
-
-    def seen(self, inode: Inode) -> Node:
-        """The node as stat(2) shall see it.  Raises RepeatLookup when its names lead to a newer
-        version and nobody has this one open."""
-        node = self.node(inode)
-        if node.successor and self._workspace.is_outdated(node):
-            raise RepeatLookup(f"inode {inode} has a newer version.")
-        return node
 
     def live(self, node: Node) -> tuple[Node, int]:
         """A local file as it is now, and its 512-byte blocks on the disk."""
@@ -236,10 +238,11 @@ class Vfs:
             return handle
         if flags & _WRITE_FLAGS:
             raise refusal or self._copying.walk_again(node, caller.thread)
+        names_it = granted is None and not asked and self._recording.active
+        recorded = names_it and self._pending.put_record(caller.thread, inode)
         if node.successor:
             raise RepeatLookup(f"{self._path(inode)} has a newer version.")
-        names_it = granted is None and not asked and self._recording.active
-        if names_it and self._pending.put_record(caller.thread, inode):
+        if recorded:
             # The same walk finds a newer version.
             await self._revalidate_old(node)
             raise RepeatLookup(f"inode {inode}: its name is wanted for the record")

@@ -267,15 +267,6 @@ class Workspace:
         except NotFound:
             return False
 
-    def is_outdated(self, node: Node) -> bool:
-        """Whether a published file has a newer version and nobody can have it open."""
-        return (
-            node.successor != 0
-            and node.content is ContentKind.PUBLISHED
-            and node.inode > self._kept_up_to
-            and node.inode not in self._opens
-        )
-
     # Content
 
     async def read(self, inode: Inode, offset: int, size: int) -> memoryview | bytes:

@@ -364,6 +364,33 @@ def test_stat_sees_a_new_version_under_all_names(mount: Mounted, log: tuple[str,
     assert mount.read("staging/log") == b"first\nsecondthird"
 
 
+# Appends through one name and looks through the other at once, in turns.
+IN_TURNS = """
+import os, sys
+names, written = sys.argv[1:3], "first\\n"
+for turn in range(30):
+    one, other = names[turn % 2], names[1 - turn % 2]
+    with open(one, "a") as file:
+        file.write(str(turn))
+    written += str(turn)
+    with open(other) as file:
+        assert file.read() == written, (turn, written)
+        assert os.fstat(file.fileno()).st_size == os.stat(one).st_size == len(written), turn
+"""
+
+
+@pytest.mark.parametrize("record", [(), ("--record",)], ids=["", "record"])
+def test_two_shared_sandboxes_write_in_turns(
+    mount: Mounted, log: tuple[str, ...], record: tuple[str, ...]
+) -> None:
+    """Whatever the kernel still believes of a name: no ESTALE, and nothing of an old version."""
+    for name in ("v", "w"):
+        options = ("--in", "log=staging:///log", "--on-write", "shared")
+        mount.stagefs("sandbox", "create", name, *options, *record)
+    mount.python(IN_TURNS, "MNT/tasks/v/log", "MNT/tasks/w/log")
+    assert mount.read("tasks/v/log") == mount.read("tasks/u/log") == mount.read("staging/log")
+
+
 def test_copies_survive_the_mount(mount: Mounted, web: HttpServed, data: bytes) -> None:
     mount.run("python", "-c", APPEND, "MNT/tasks/t0/in", "!")
     mount.run("truncate", "-s", "100", "MNT/tasks/t1/in")

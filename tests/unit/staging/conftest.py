@@ -85,6 +85,9 @@ class NoPending:
     def put_copy_up(self, thread: int, inode: Inode) -> bool:
         raise AssertionError((thread, inode))
 
+    def sent_back(self, thread: int) -> Inode | None:
+        raise AssertionError(thread)
+
     def wants_copy_up(self, thread: int, inode: Inode) -> bool:
         raise AssertionError((thread, inode))
 
@@ -161,7 +164,7 @@ class Staging:
             ahead_bytes_max=settings.read.learned_ahead_bytes_max,
             directory=directory,
         )
-        changes = Changes(
+        self.changes = changes = Changes(
             namespace=self.namespace,
             objects=self.objects,
             attributes=Attributes(self.objects, lambda _node: [], self.namespace.uploads_of),
@@ -172,6 +175,7 @@ class Staging:
                 default=OnWrite.COPY_UP,
                 live=self.local.live,
                 links_changed=self.told.inode,
+                name_changed=self.told.entry,
             ),
             roots=SandboxRoots(self.namespace, settings.workspace),
             learning=self.learning,

@@ -33,6 +33,7 @@ class Rig:
         self.namespace = Namespace.open(path)
         self.default = default
         self.relinked: list[Inode] = []
+        self.renamed: list[tuple[Inode, str]] = []
         staged = StagedObject(url="memory://x/in", version="1", size_bytes=3, mtime_ns=7)
         self.shared = self.namespace.register(STAGING_INODE, "in", staged)
         self.tasks = {
@@ -52,6 +53,7 @@ class Rig:
             default=self.default,
             live=lambda node: node,
             links_changed=self.relinked.append,
+            name_changed=lambda directory, name: self.renamed.append((directory, name)),
         )
 
     def looked_up(self, copying: Copying, task: str, thread: int = THREAD) -> Node:
