@@ -15,7 +15,7 @@ import click
 from stagefs import __version__
 from stagefs.errors import StageFSError
 
-# An integration's commands: only this name of it is known here.
+# Commands of integrations: only these names of them are known here.
 BATCH = "stagefs.integrations.batch_commands"
 COPY = "stagefs.integrations.copy_command"
 # Subcommand -> (module, its command, the line in the overview).  In the order of use.
@@ -36,9 +36,11 @@ COMMANDS = {
     "remote": ("remotes", "remote", "See how the servers fare that files come from."),
     "run": ("run", "run", "Run a command in a sandbox, and commit what it made."),
     "prolog": (BATCH, "prolog", "For batch systems: stage in before a job."),
+    "task-prolog": (BATCH, "task_prolog", "For batch systems: before each task of a job."),
     "epilog": (BATCH, "epilog", "For batch systems: stage out after a job."),
-    "status": ("seeing", "status", "Show what the daemon is doing."),
+    "burst-buffer": (BATCH, "burst_buffer", "For Slurm: stage a job's buffer in and out."),
     "copy": (COPY, "copy", "Copy files, with scp's arguments, for batch systems."),
+    "status": ("seeing", "status", "Show what the daemon is doing."),
     "metrics": ("seeing", "metrics", "Print the daemon's figures for Prometheus."),
     "top": ("top", "top", "Watch what a mount is doing."),
     "why": ("why", "why", "Explain why a file is cached, absent, kept or failing."),

@@ -60,3 +60,38 @@ def task_prolog(scheduler: str, config_file: Path | None) -> None:
 def epilog(scheduler: str, config_file: Path | None) -> None:
     """After a job: upload its outputs, and leave no mount.  May be repeated."""
     sys.exit(importlib.import_module(SCHEDULERS[scheduler]).epilog(config_file))
+
+
+@click.command("burst-buffer")
+@click.argument("phase", type=click.Choice(["setup", "data-in", "data-out", "teardown"]))
+@click.option("--job", type=click.IntRange(min=1), required=True)
+@click.option("--script", type=click.Path(path_type=Path), required=True, help="Of the job.")
+@click.option("--directory", type=click.Path(path_type=Path), required=True, help="Of all buffers.")
+@click.option("--uid", type=int, help="Of the job's user (setup).")
+@click.option("--hurry", is_flag=True, help="Although outputs are not staged out (teardown).")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="One more file.")
+def burst_buffer(
+    *,
+    phase: str,
+    job: int,
+    script: Path,
+    directory: Path,
+    uid: int | None,
+    hurry: bool,
+    config_file: Path | None,
+) -> None:
+    """For Slurm's burst_buffer.lua: a directory of a job's own, staged in and out.
+
+    Started as root on the host of slurmctld; prints "ok", or why not.
+    """
+    module = importlib.import_module("stagefs.integrations.slurm_burst_buffer")
+    code = module.run_phase(
+        phase,
+        job=job,
+        script=script,
+        directory=directory,
+        uid=uid,
+        hurry=hurry,
+        config_file=config_file,
+    )
+    sys.exit(code)

@@ -232,7 +232,7 @@ class JobMount:
             options += ["--config", str(self._config_file)]
         done = _stagefs(["mount", str(self.point), *options], timeout_s=MOUNT_TIMEOUT_S)
         if done.returncode:
-            raise MountFailed(_sentence(done))
+            raise MountFailed(last_sentence(done))
         with self._owner.acting():
             self.point.stat()  # until it has asked once the kernel takes the root for uid 0's
             self.point.chmod(0o700)
@@ -387,6 +387,6 @@ def _stagefs(words: Sequence[str], *, timeout_s: float) -> subprocess.CompletedP
     )
 
 
-def _sentence(done: subprocess.CompletedProcess[bytes]) -> str:
+def last_sentence(done: subprocess.CompletedProcess[bytes]) -> str:
     lines = os.fsdecode(done.stderr).strip().splitlines() or ["it said nothing"]
     return lines[-1].removeprefix("stagefs: ")

@@ -106,10 +106,9 @@ class SlurmCell:
         return dict(word.partition("=")[::2] for word in words)
 
     def is_over(self, job: str) -> bool:
-        """It has ended, and its epilog has, too."""
-        return not self.run("squeue", "-h", "-j", job, check=False).strip().startswith(job) and (
-            not self.run("squeue", "-h", "-t", "CG", check=False).strip()
-        )
+        """It has ended, and its epilog has, too (an array: all of its tasks)."""
+        listed = self.run("squeue", "-h", "-o", "%A %F").split()
+        return job not in listed
 
     def log(self) -> str:
         return "\n".join(

@@ -84,6 +84,11 @@ class Cluster:
         """Of a file at sshd."""
         return self.sshd.url_of(f"{self.data}/{name}")
 
+    def states(self) -> list[Path]:
+        """State directories that are kept, of mounts and of buffers."""
+        found = (self.machine.directory / "state").glob("stagefs-*/*")
+        return [path for path in found if path.suffix != ".cache"]
+
     def assert_nothing_is_left(self) -> None:
         wait_until(
             lambda: not self.machine.programs("stagefs.supervisor"), "the end of all supervisors"
@@ -92,9 +97,9 @@ class Cluster:
         assert not self.machine.programs("stagefs.daemon")
         run = Path(f"/proc/{self.machine.pid}/root/run/stagefs")
         assert not run.exists() or [path.name for path in run.iterdir()] == []
-        states = self.machine.directory / "state"
-        assert [one.name for one in states.glob("stagefs-*/*") if one.suffix != ".cache"] == []
+        assert self.states() == []
         assert not list(self.home.glob("stagefs-*.err"))
+        assert not list((self.machine.directory / "buffers").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,9 @@ def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Ite
             nginx, sshd = servers[0].__enter__(), servers[1].__enter__()
         shutil.chown(sshd.identity, NOBODY, NOBODY)
         hooks = install(machine, all_identities["root"].bin, settings(top, sshd))
-        cell = SlurmCell(machine, settings=hooks, plugins={})
+        (top / "buffers").mkdir(mode=0o755)
+        script = burst_buffer(all_identities["root"].bin, top)
+        cell = SlurmCell(machine, settings=hooks, plugins={"burst_buffer.lua": script})
         yield Cluster(machine, cell, nginx, sshd, top / "data", top / "home")
         for server in servers:
             server.__exit__(None, None, None)
@@ -134,7 +141,7 @@ def settings(top: Path, sshd: Sshd) -> Path:
 def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dict[str, str]:
     """The scripts that are shipped, with what an administrator writes into them; and the lines of
     slurm.conf that name them."""
-    lines = {"PrologFlags": "Alloc"}
+    lines = {"PrologFlags": "Alloc", "BurstBufferType": "burst_buffer/lua"}
     for setting, name in (
         ("Prolog", "prolog.sh"),
         ("TaskProlog", "task_prolog.sh"),
@@ -154,11 +161,25 @@ def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dic
     return lines
 
 
+def burst_buffer(programs: Path, top: Path) -> str:
+    """The script that is shipped, with what an administrator writes into it."""
+    text = (SHIPPED / "burst_buffer.lua").read_text()
+    for old, new in (
+        ('program = "/usr/local/bin/stagefs"', f'program = "{programs}/stagefs"'),
+        ('buffers = "/scratch/stagefs"', f'buffers = "{top}/buffers"'),
+        ("quoted(buffers) ..", f'quoted(buffers) .. " --config {top}/stagefs.conf" ..'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
+
+
 @pytest.fixture(autouse=True)
 def clean(cluster: Cluster) -> Iterator[None]:
     yield
     cluster.assert_nothing_is_left()
-    assert cluster.cell.states() == {"idle"}
+    # "Planned" is one that the scheduler has looked at for a job.
+    wait_until(lambda: cluster.cell.states() == {"idle"}, "idle nodes", told=cluster.cell.states)
 
 
 def test_an_array_fetches_its_shared_input_once(cluster: Cluster) -> None:
@@ -174,19 +195,6 @@ def test_an_array_fetches_its_shared_input_once(cluster: Cluster) -> None:
     expected = f"{hashlib.sha256(data).hexdigest()}  -\n" * 2
     assert [cluster.output(f"{job}.{number}") for number in (1, 2, 3)] == [expected] * 3
     assert cluster.sent_bytes("shared.dat") == len(data)
-
-
-def test_what_was_fetched_for_one_job_is_there_for_the_next(cluster: Cluster) -> None:
-    data = content(1_000_000, "again")
-    url = cluster.serve("again.dat", data)
-    for _ in range(2):
-        job = cluster.submit(
-            'sha256sum <"$STAGEFS_SANDBOX/in.dat"', f"--comment=stagefs: in:in.dat={url}"
-        )
-        assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
-        cluster.assert_nothing_is_left()
-        assert cluster.output(job).startswith(hashlib.sha256(data).hexdigest())
-    assert cluster.sent_bytes("again.dat") == len(data)
 
 
 def test_a_cancelled_job_leaves_its_outputs_and_no_mount(cluster: Cluster) -> None:
@@ -209,18 +217,12 @@ def test_a_cancelled_job_leaves_its_outputs_and_no_mount(cluster: Cluster) -> No
 
 def test_a_missing_input_fails_the_job_and_not_the_node(cluster: Cluster) -> None:
     absent = cluster.nginx.url("absent")
-    script = "touch ~/has-run"
-    declared = {
-        f"--comment=stagefs: in:x={absent}": {},
-        "--comment=stagefs:": {"STAGEFS_IN": f"x={absent}"},
-    }
-    for comment, variables in declared.items():
-        job = cluster.submit(script, comment, **variables)
-        assert cluster.wait_for_end(job) == "FAILED"
-        said = cluster.output(job)
-        assert absent in said, cluster.cell.log()
-        assert said.startswith("stagefs: ")
-        assert cluster.cell.states() == {"idle"}
+    job = cluster.submit("touch ~/has-run", f"--comment=stagefs: in:x={absent}")
+    assert cluster.wait_for_end(job) == "FAILED"
+    said = cluster.output(job)
+    assert absent in said, cluster.cell.log()
+    assert said.startswith("stagefs: ")
+    assert cluster.cell.states() == {"idle"}
     assert not (cluster.home / "has-run").exists()
 
 
@@ -228,7 +230,6 @@ def test_a_missing_input_fails_the_job_and_not_the_node(cluster: Cluster) -> Non
     ("comment", "variables", "expected"),
     [
         ("stagefs: ref.fa", {}, "write in:NAME=URL"),
-        ("stagefs: in:x", {}, "write NAME=URL"),
         ("stagefs: manifest:absent.toml", {}, "absent.toml cannot be read"),
         ("nothing", {"STAGEFS_IN": "x=file:///etc/hosts"}, "submit it with --comment=stagefs:"),
         (
@@ -276,11 +277,15 @@ def test_a_job_that_asks_for_nothing(cluster: Cluster) -> None:
     assert job not in cluster.output(job)
 
 
-def test_outputs_that_nobody_takes_are_kept_and_go_out_with_the_next_job(cluster: Cluster) -> None:
-    comment = f"--comment=stagefs: out:result*={cluster.url('late/')}"
+def test_outputs_that_nobody_takes_go_out_with_the_next_job_which_finds_the_cache(
+    cluster: Cluster,
+) -> None:
+    data = content(300_000, "again")
+    inputs = f"in:in.dat={cluster.serve('again.dat', data)}"
+    comment = f"--comment=stagefs: {inputs} out:result*={cluster.url('late/')}"
     at_work, go = (cluster.home / name for name in ("keeping", "go"))
     job = cluster.submit(
-        'echo precious >"$STAGEFS_SANDBOX/result.1"\n'
+        'cd "$STAGEFS_SANDBOX" && sha256sum <in.dat >result.1\n'
         f"touch {at_work}; until [ -e {go} ]; do sleep 0.1; done",
         comment,
     )
@@ -297,14 +302,88 @@ def test_outputs_that_nobody_takes_are_kept_and_go_out_with_the_next_job(cluster
     assert told.stat().st_uid == NOBODY
     told.unlink()
     assert not cluster.machine.staging_mounts()
-    (kept,) = (
-        path
-        for path in (cluster.machine.directory / "state").glob("stagefs-*/*")
-        if path.suffix != ".cache"
-    )
+    (kept,) = cluster.states()
     assert str(kept) in reason
     assert not (cluster.data / "late/result.1").exists()
-    job = cluster.submit('echo new >"$STAGEFS_SANDBOX/result.2"', comment)
+    job = cluster.submit('cd "$STAGEFS_SANDBOX" && sha256sum <in.dat >result.2', comment)
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
-    assert (cluster.data / "late/result.1").read_text() == "precious\n"
-    assert (cluster.data / "late/result.2").read_text() == "new\n"
+    expected = f"{hashlib.sha256(data).hexdigest()}  -\n"
+    assert (cluster.data / "late/result.1").read_text() == expected
+    assert (cluster.data / "late/result.2").read_text() == expected
+    assert cluster.sent_bytes("again.dat") == len(data)
+
+
+@pytest.mark.parametrize(
+    ("directive", "reason"),
+    [
+        ("stagefs stage_in source=ssh://host/x", "destination=... is missing"),
+        ("stagefs fetch source=ssh://host/x destination=x", "neither stage_in nor stage_out"),
+        ("stagefs stage_in source=/x destination=x", "is not a URL"),
+        ("stagefs stage_in source=ssh://host/x destination=../x", "is not a relative name"),
+        ("stagefs stage_out source=x destination=http://host/x", "nothing can be written"),
+        ("stagefs stage_in source=ssh://host/x destination=x size=3", "'size=3' is not"),
+        ("stagefs stage_in source=ssh://host/a%20b destination=x", "write %% for one"),
+        ("stage_in source=ssh://host/x destination=x", "write #BB_LUA stagefs stage_in"),
+    ],
+)
+def test_a_wrong_burst_buffer_directive_is_refused_at_sbatch(
+    cluster: Cluster, directive: str, reason: str
+) -> None:
+    said = cluster.submit(f"#BB_LUA {directive}\ntrue", check=False)
+    assert reason in said
+    assert not cluster.cell.run("squeue", "-h").strip()
+
+
+def test_a_burst_buffer_is_staged_in_before_the_job_and_out_after_it(cluster: Cluster) -> None:
+    (cluster.data / "a b").write_text("before\n")
+    source = cluster.url("a b").replace("%", "%%")
+    cluster.sshd.freeze()
+    try:
+        job = cluster.submit(
+            f"#BB_LUA stagefs stage_in source={source} destination=sub/in.dat\n"
+            f"#BB_LUA stagefs stage_out source=result-* destination={cluster.url('out/')}\n"
+            f"#BB_LUA stagefs stage_out source=absent destination={cluster.url('absent')}\n"
+            'cd "$STAGEFS_BB" && cat sub/in.dat >result-1 && echo two >result-2 && stat -c %U .\n'
+            f"ls {cluster.data}/out 2>&1 || true"
+        )
+        wait_until(
+            lambda: cluster.cell.job(job).get("Reason") == "BurstBufferStageIn",
+            "the state of staging in",
+            deadline_s=SETTLED_S,
+            told=lambda: cluster.cell.job(job),
+        )
+    finally:
+        cluster.sshd.thaw()
+    cluster.wait_for_end(job)
+    wait_until(
+        lambda: not list((cluster.machine.directory / "buffers").iterdir()),
+        "the end of the buffer",
+        deadline_s=SETTLED_S,
+        told=cluster.cell.log,
+    )
+    assert (cluster.data / "out/result-1").read_text() == "before\n"
+    assert (cluster.data / "out/result-2").read_text() == "two\n"
+    owner, listed = cluster.output(job).splitlines()
+    assert owner == "nobody"
+    assert "No such file" in listed, "it was staged out before the end"
+    assert cluster.cell.job(job)["JobState"] == "COMPLETED"
+
+
+def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
+    url = cluster.url("absent-for-ever")
+    job = cluster.submit(f"#BB_LUA stagefs stage_in source={url} destination=x\ntouch ~/has-begun")
+    wait_until(
+        lambda: url in cluster.cell.run("squeue", "-h", "-o", "%r", "-j", job),
+        "the reason in squeue",
+        deadline_s=SETTLED_S,
+        told=lambda: cluster.cell.run("squeue", "-h", "-o", "%T %r", "-j", job),
+    )
+    cluster.as_user("scancel", job)
+    cluster.wait_for_end(job)
+    wait_until(
+        lambda: not list((cluster.machine.directory / "buffers").iterdir()),
+        "the end of the buffer",
+        deadline_s=SETTLED_S,
+        told=cluster.cell.log,
+    )
+    assert not (cluster.home / "has-begun").exists()
