@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import trio
 
 from stagefs import __version__
 from stagefs.cache.store import Cache
@@ -29,6 +30,7 @@ from stagefs.staging.cached import CacheOperations
 from stagefs.staging.commit import Commits
 from stagefs.staging.explaining import Explaining
 from stagefs.staging.importing import run_import
+from stagefs.staging.link_leases import LinkLeases
 from stagefs.staging.metrics import render
 from stagefs.staging.names import NameOperations
 from stagefs.staging.queue_operations import QueueOperations
@@ -128,6 +130,12 @@ class StagingArea:
             settings=settings.namespace,
             mountpoint=mountpoint,
         )
+        self._link_leases = LinkLeases(
+            namespace=namespace,
+            new_links=changes.new_links,
+            building=building,
+            leases=leases,
+        )
         self._sandboxes = SandboxOperations(
             namespace=namespace,
             names=self._names,
@@ -181,8 +189,10 @@ class StagingArea:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """What goes on by itself, while the queue runs."""
-        async with self._bound_uploads.running():
+        async with self._bound_uploads.running(), trio.open_nursery() as nursery:
+            nursery.start_soon(self._link_leases.keep)
             yield
+            nursery.cancel_scope.cancel()
 
     async def drain(self) -> None:
         """At the end of a mount: upload what goes in a few seconds."""

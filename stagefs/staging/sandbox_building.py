@@ -156,12 +156,12 @@ class Building:
             if node.kind is NodeKind.FILE:
                 files[node.inode] = node
             elif node.lower:
-                files |= await self._files_below(node.inode, LEASED_FILES_MAX - len(files))
+                files |= await self.files_below(node.inode, LEASED_FILES_MAX - len(files))
             if path in parts.inputs:
                 linked[parts.inputs[path]] = node.lower or node.inode
         return Built(directory, name, linked, list(files.values()))
 
-    async def _files_below(self, directory: Inode, limit: int) -> dict[Inode, Node]:
+    async def files_below(self, directory: Inode, limit: int) -> dict[Inode, Node]:
         """Some staged files below a linked directory, as far as the namespace knows them."""
         found: dict[Inode, Node] = {}
         left = [self._namespace.node(directory).lower]

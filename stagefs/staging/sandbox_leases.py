@@ -47,7 +47,8 @@ class SandboxLeases:
         if self._cache is None or not items:
             return
         owner = {
-            LeaseLifetime.TASK: f"{TASK}:{sandbox}:{name}",
+            # One that was renamed keeps its owner's name.
+            LeaseLifetime.TASK: self._held.get(sandbox) or f"{TASK}:{sandbox}:{name}",
             LeaseLifetime.PILOT: f"{PILOT}:{sandbox}:{name}",
             LeaseLifetime.FOREVER: ADMIN,
         }[lifetime]
@@ -70,6 +71,21 @@ class SandboxLeases:
             return
         owners = self._cache.lease_owners()
         await self._unpin([owner for owner in owners if _inode_of(owner, PILOT) is not None])
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a cache."""
+        return self._cache is not None
+
+    def holds(self, sandbox: Inode, file: Node) -> bool:
+        """Whether an object is kept for a sandbox, or for everybody."""
+        if self._cache is None or file.object_id is None:
+            return True
+        owners = (lease.owner for lease in self._cache.leases_of(file.object_id.key))
+        return any(
+            owner == ADMIN or sandbox in (_inode_of(owner, TASK), _inode_of(owner, PILOT))
+            for owner in owners
+        )
 
     @property
     def held(self) -> Collection[Inode]:

@@ -26,6 +26,7 @@ from stagefs.remote.url import SCHEMES
 from stagefs.vfs.attributes import Attributes
 from stagefs.vfs.copying import Copying
 from stagefs.vfs.learning import Learning
+from stagefs.vfs.new_links import NewLinks
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from stagefs.vfs.virtual import DIRECTORY_INODE, NAME
 from stagefs.vfs.workspace import Caller, Workspace
@@ -82,6 +83,7 @@ class Changes:
         self._copying = copying
         self._roots = roots
         self._learning = learning
+        self.new_links = NewLinks(namespace)
         self._pending = copying.pending
         self._settings = settings
         self._owner = owner
@@ -168,10 +170,13 @@ class Changes:
             path = target.removeprefix("staging://").strip("/")
             node = self._namespace.resolve(f"staging/{path}" if path else "staging")
             if node.kind is NodeKind.DIRECTORY:
-                self._namespace.link_directory(node.inode, parent, name, operation=operation)
+                shown = self._namespace.link_directory(
+                    node.inode, parent, name, operation=operation
+                )
+                self.new_links.made(parent, shown)
             else:
                 linked = self._namespace.link(node.inode, parent, name, operation=operation)
-                self._learning.link_made(parent, linked)
+                self._linked(parent, linked)
             return None
         if scheme is None:
             uid, gid = self._owner_in(parent, owner)
@@ -185,7 +190,7 @@ class Changes:
             node = self._namespace.link(known.inode, parent, name, operation=operation)
         else:
             node = self._namespace.register(parent, name, staged, operation=operation)
-        self._learning.link_made(parent, node)
+        self._linked(parent, node)
         return None
 
     def link(self, inode: Inode, parent: Inode, name: str, operation: int | None) -> Node:
@@ -199,8 +204,12 @@ class Changes:
             and self._workspace.publishing(node)
         )
         linked = self._namespace.link(inode, parent, name, publish=publish, operation=operation)
-        self._learning.link_made(parent, linked)
+        self._linked(parent, linked)
         return linked
+
+    def _linked(self, parent: Inode, node: Node) -> None:
+        self._learning.link_made(parent, node)
+        self.new_links.made(parent, node)
 
     def _is_staged(self, inode: Inode) -> bool:
         place = self._namespace.place(inode)
@@ -227,6 +236,10 @@ class Changes:
         moved = self._namespace.rename(
             parent, name, new_parent, new_name, flags, publish=publish, operation=operation
         )
+        if parent != new_parent:
+            self.new_links.made(new_parent, moved)
+            if flags & RenameFlags.EXCHANGE:
+                self.new_links.made(parent, self._namespace.lookup(parent, name))
         if moved.kind is NodeKind.DIRECTORY or flags & RenameFlags.EXCHANGE:
             self._workspace.directories_moved()
         self._workspace.names_went()

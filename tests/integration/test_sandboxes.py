@@ -178,6 +178,40 @@ def test_leases_end_with_rm_of_the_directory(
     )
 
 
+def test_what_tasks_link_is_leased_until_their_sandbox_ends(
+    identity: Identity, web: HttpServed, new_mount: MakeMount
+) -> None:
+    settings = "[workspace]\nsandbox_roots = 'pilot/*/*'\n"
+    mount = new_mount(identity, settings=settings)
+    data = content(SIZE_BYTES)
+    mount.stage_in(web.put("in", data), "in")
+    mount.stage_in(web.put("other", data[::-1]), "other")
+    mount.run("mkdir", "-p", "MNT/pilot/session/unit/deep")
+    mount.run("ln", "MNT/staging/in", "MNT/pilot/session/unit/deep/in")
+    mount.sha256("staging/in")
+    mount.sha256("staging/other")
+
+    def leases() -> int:
+        return int(mount.json_of("stagefs", "sandbox", "show", "MNT/pilot/session/unit")["leases"])
+
+    wait_until(lambda: leases() == 1, "the lease of what link(2) brought")
+    mount.kill_daemon()
+    mount.run("rm", "MNT/pilot/session/unit/deep/in")
+    mount.cache("cleanup", "--to", "0")
+    entries = {one["url"]: one for one in mount.json_of("stagefs-cache", "list")}
+    assert entries[web.url("in")]["cached_bytes"] == SIZE_BYTES, "kept for its sandbox"
+    assert web.url("other") not in entries, "nobody keeps that"
+    assert leases() == 1
+    # Across mounts, too.
+    mount.umount()
+    mount.mount()
+    assert leases() == 1
+    mount.run("rm", "-r", "MNT/pilot")
+    wait_until(
+        lambda: mount.json_of("stagefs-cache", "usage")["leases"] == 0, "the end of the lease"
+    )
+
+
 def test_sandboxes_survive_the_daemon_and_the_mount(
     anybody: Identity, web: HttpServed, new_mount: MakeMount
 ) -> None:
