@@ -26,6 +26,7 @@ from stagefs.namespace.database import (
 from stagefs.namespace.edit import Edit
 from stagefs.namespace.known import KNOWN_MAX, Known
 from stagefs.namespace.node import (
+    TEMPLATES_INODE,
     CommitRow,
     Node,
     NodeKind,
@@ -172,6 +173,12 @@ class Looking:
         with self._reading():
             above = self._rows.name_of(inode)
         return None if above is None else (above[0], above[2])
+
+    def is_removed(self, directory: Inode) -> bool:
+        """Whether it was removed, by itself or in a tree, and ``purge`` did not come by yet."""
+        with self._reading():
+            *_, top = self._rows.ancestors(directory)
+        return top not in (ROOT_INODE, TEMPLATES_INODE)
 
     def shown(self, inode: Inode, limit: int) -> list[tuple[Inode, str]]:
         """(directory, name) wherever the inode is seen: its names, and the same in directories that

@@ -302,6 +302,8 @@ class SandboxOperations:
         ]
         found = []
         for row in rows[:limit]:
+            if self._namespace.is_removed(row.inode):
+                continue
             place = parse_place(self._namespace.path(row.inode))
             found.append(
                 self._described(Found(place, self._namespace.node(row.inode), row, Kept()))
@@ -417,6 +419,8 @@ class SandboxOperations:
             await self._leases.end(inode)
 
     def _drop_template(self, template: Inode) -> None:
+        if self._namespace.is_removed(template):  # ``sweep`` was faster
+            return
         self._building.drop(self._namespace.path(template).rpartition("/")[2])
 
     async def begin_mount(self) -> None:
@@ -440,7 +444,8 @@ class SandboxOperations:
             if '"worker"' not in row.manifest or row.state == SandboxState.FAILED:
                 continue
             worker = Kept.read(row.manifest).worker
-            if worker is not None and has_ended(worker):
+            gone = self._namespace.is_removed(row.inode)
+            if worker is not None and not gone and has_ended(worker):
                 path = self._namespace.path(row.inode)
                 log.info("%s is removed: its program %d has ended", path, worker.pid)
                 await self.remove(values.OneSandbox(path))

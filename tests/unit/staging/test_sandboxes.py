@@ -1,5 +1,6 @@
 """Sandboxes as objects: made from manifests, mirrors and templates; seen; ended."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stagefs.namespace.node import TASKS_INODE, TEMPLATES_INODE
 from stagefs.staging import values
 from stagefs.staging.manifest import LeaseLifetime, Manifest, Mirrored, Output
 from stagefs.staging.values import InputState, SandboxState
+from stagefs.staging.workers import worker_of
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from tests.unit.staging.conftest import Staging, open_staging
 
@@ -272,6 +274,26 @@ async def test_half_built_directories_are_swept(tmp_path: Path) -> None:
         assert (await staging.show("t.000001")).sandbox.state is SandboxState.ACTIVE
         page = await staging.area.sandbox_list(values.ListSandboxes())
         assert "old" in [one.name for one in page.sandboxes]
+
+
+async def test_sandboxes_removed_at_the_end_of_a_mount_keep_none_from_beginning(
+    tmp_path: Path,
+) -> None:
+    """The last sandboxes of a template, and one whose program has ended; the mount ends then."""
+    with subprocess.Popen(["sleep", "60"]) as program:
+        worker = worker_of(program.pid)
+        program.kill()
+    async with open_staging(tmp_path, capacity_bytes=None) as staging:
+        await _create_many(staging, "t", 2, Manifest())
+        request = values.CreateSandbox("w", Manifest(), worker=worker)
+        await staging.area.sandbox_create(request, staging.progress.append)
+        for name in ("t.000000", "t.000001", "w"):
+            staging.namespace.remove_directory(TASKS_INODE, name)
+        assert len(_templates(staging)) == 1, "forgotten already: nothing is tried here"
+    async with open_staging(tmp_path, capacity_bytes=None) as staging:
+        await staging.area.begin(is_new_mount=True)
+        page = await staging.area.sandbox_list(values.ListSandboxes())
+        assert (page.sandboxes, _templates(staging)) == ([], [])
 
 
 async def test_committed_sandboxes_do_not_fail(staging: Staging) -> None:
