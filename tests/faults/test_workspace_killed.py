@@ -344,7 +344,9 @@ def _wait_for_rounds(stop: Path, clients: list[subprocess.Popen[bytes]], count: 
     wanted = [rounds(number) + count for number in range(CLIENTS)]
 
     def all_did() -> bool:
-        assert all(client.poll() is None for client in clients), "a client ended"
+        for client in clients:
+            if client.poll() is not None:
+                pytest.fail(f"a client ended: {client.communicate()[1].decode()}")
         return all(rounds(number) >= wanted[number] for number in range(CLIENTS))
 
     wait_until(all_did, "changes of names")
