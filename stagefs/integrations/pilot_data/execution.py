@@ -192,9 +192,9 @@ class Execution:
         return ""
 
     def _put_in(self, source: str, target: str) -> None:
-        """A link where the directory is in the mount, else a copy; in place of what is there, as
-        several units may work in one directory."""
-        if not target.startswith(f"{self._place.mountpoint}/"):
+        """A link where both are in the mount, else a copy; in place of what is there, as several
+        units may work in one directory."""
+        if os.stat(source).st_dev != os.stat(os.path.dirname(target)).st_dev:
             copy(source, target)
         elif not (os.path.lexists(target) and os.path.samefile(source, target)):
             with contextlib.suppress(FileNotFoundError):
