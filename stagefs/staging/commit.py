@@ -261,7 +261,7 @@ class Commits:
                 done[inode] = so_far
                 progress(Progress("completing the outputs", sum(done.values()), None))
 
-            await self._workspace.local.complete(self._namespace.node(inode), copied)
+            await self._workspace.complete(self._namespace.node(inode), copied)
 
         await first_error([functools.partial(complete, inode) for inode in local], FILES_AT_ONCE)
 

@@ -14,7 +14,7 @@ base that still shows through; removing content happens in a task of ``running``
 import logging
 import stat
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
@@ -315,6 +315,14 @@ class Workspace:
                 self._release_base(next(iter(self._bases)))
             opened = self._bases[node.inode] = self._objects.open(node)
         return await self._objects.read(opened, offset, size)
+
+    async def complete(self, node: Node, copied: Callable[[int], None]) -> None:
+        """Copy what still shows through from what the file was copied from, which may then be
+        evicted.  ``copied`` is told how far that is, in bytes."""
+        try:
+            await self.local.complete(node, copied)
+        finally:
+            self._release_base(node.inode)
 
     def _release_base(self, inode: Inode) -> None:
         base = self._bases.pop(inode, None)
