@@ -114,7 +114,9 @@ class BurstBuffer:
             return
         self._pending.touch()
         names = self._names()
-        made = {one: [name for name in names if one.glob.matches(name.split("/"))] for one in outputs}
+        made = {
+            one: [name for name in names if one.glob.matches(name.split("/"))] for one in outputs
+        }
         words = [
             word for one, found in made.items() if found
             for word in ("--out", f"{one.pattern}={one.to}")

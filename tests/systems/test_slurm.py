@@ -5,6 +5,7 @@ jobs, with nginx and sshd as other hosts (L1 to L5).  slurmd is root's; jobs are
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -387,3 +388,48 @@ def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
         told=cluster.cell.log,
     )
     assert not (cluster.home / "has-begun").exists()
+
+
+@pytest.fixture(scope="module")
+def page(cluster: Cluster, all_identities: dict[str, Identity]) -> list[str]:
+    """The page's programs, with this test's host, and the installed program where users have it."""
+    text = (CHECKOUT / "docs/SLURM.md").read_text()
+    assert "ssh://host/data/" in text
+    cluster.machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
+    program = all_identities["root"].bin / "stagefs"
+    cluster.machine.run("ln", "-s", program, "/usr/local/bin/stagefs")
+    found = re.findall(r"```bash\n#!/bin/bash\n(.*?)```", text, re.DOTALL)
+    return [one.replace("ssh://host/data/", cluster.url("")) for one in found]
+
+
+def test_the_page(cluster: Cluster, page: list[str]) -> None:
+    (cluster.data / "input.dat").write_bytes(b"page\n")
+    job = cluster.submit(page[0])
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+    digest = hashlib.sha256(b"page\n").hexdigest()
+    assert (cluster.data / "sums/input.sum").read_text() == f"{digest}  input.dat\n"
+
+
+def test_the_page_before_the_time_is_up(cluster: Cluster, page: list[str]) -> None:
+    job = cluster.submit(page[1])
+    private = Path(f"/proc/{cluster.machine.pid}/root/run/stagefs/{job}")
+    wait_until(private.is_symlink, "the job's mount", deadline_s=SETTLED_S)
+    state = f"$(readlink /run/stagefs/{job})/tasks/job-{job}/state-{job}"
+    wait_until(
+        lambda: cluster.as_user("sh", "-c", f"cat {state}", check=False).strip() == "1",
+        "the job at work",
+        deadline_s=SETTLED_S,
+    )
+    # What --signal=B:TERM@120 does when the time is nearly up.
+    cluster.as_user("scancel", "--batch", "--signal=TERM", job)
+    saved = cluster.data / f"states/state-{job}"
+    wait_until(
+        saved.exists,
+        "the state at its host",
+        deadline_s=SETTLED_S,
+        told=lambda: cluster.output(job),
+    )
+    assert cluster.cell.job(job)["JobState"] == "RUNNING"
+    cluster.as_user("scancel", job)
+    cluster.wait_for_end(job)
+    assert saved.read_text().strip().isdigit()
