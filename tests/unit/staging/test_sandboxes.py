@@ -19,7 +19,7 @@ from stagefs.namespace.node import TASKS_INODE, TEMPLATES_INODE
 from stagefs.staging import values
 from stagefs.staging.manifest import LeaseLifetime, Manifest, Mirrored, Output
 from stagefs.staging.values import InputState, SandboxState
-from stagefs.staging.workers import worker_of
+from stagefs.staging.workers import Worker, worker_of
 from stagefs.vfs.sandbox_roots import SandboxRoots
 from tests.unit.staging.conftest import Staging, open_staging
 
@@ -276,13 +276,18 @@ async def test_half_built_directories_are_swept(tmp_path: Path) -> None:
         assert "old" in [one.name for one in page.sandboxes]
 
 
+def _ended_worker() -> Worker:
+    with subprocess.Popen(["sleep", "60"]) as program:
+        worker = worker_of(program.pid)
+        program.kill()
+    return worker
+
+
 async def test_sandboxes_removed_at_the_end_of_a_mount_keep_none_from_beginning(
     tmp_path: Path,
 ) -> None:
     """The last sandboxes of a template, and one whose program has ended; the mount ends then."""
-    with subprocess.Popen(["sleep", "60"]) as program:
-        worker = worker_of(program.pid)
-        program.kill()
+    worker = _ended_worker()
     async with open_staging(tmp_path, capacity_bytes=None) as staging:
         await _create_many(staging, "t", 2, Manifest())
         request = values.CreateSandbox("w", Manifest(), worker=worker)
