@@ -47,7 +47,7 @@ format: setup ## let ruff put the code in order
 bench: setup ## StageFS beside sshfs, rclone, s3fs, bindfs, scp and a local file, as ratios
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-systems: setup ## RADICAL-Pilot and Parsl with and without StageFS; ARGS='--mib 128 --pairs 1'
+bench-systems: setup ## RADICAL-Pilot, Parsl and Pilot-Data with and without StageFS; ARGS='--mib 128 --pairs 1'
 	@$(BIN)/python -m bench.systems $(ARGS)
 
 clean: ## what the targets above leave in the checkout

@@ -1,4 +1,4 @@
-"""`python -m bench.systems`: RADICAL-Pilot and Parsl themselves, the same tasks on StageFS and
+"""`python -m bench.systems`: RADICAL-Pilot, Parsl and Pilot-Data, the same tasks on StageFS and
 without it, in one run, as ratios.
 
 The systems are those that `make test-systems` has installed below .venvs.  What is timed are the
@@ -12,20 +12,21 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from bench.__main__ import FULL, MIB, QUICK, measure, say
 from bench.measuring import Contender, MeasureFailed, Sense, Unavailable, Work
 from bench.ours import StageFS, stagefs
 from bench.points import OURS, Lab, Measured, Point
-from bench.report import CHECKOUT, as_json, compare, table
-from bench.workbench import Workbench, opened
+from bench.report import CHECKOUT, Goal, Row, as_json, compare, table
+from bench.workbench import Workbench, installed, opened
 
 TASKS = 8
 SHARING_TASKS = 64
 SHARED_BYTES = 1 << 20
 DISK, SCP, RSYNC = "plain disk", "scp in each task", "RSyncStaging"
+PULLED = "pull in each task"
 PARSL, RADICAL = "parsl", "radical.pilot"
 
 
@@ -165,10 +166,50 @@ def parsl_over_ssh(lab: Lab) -> Measured:
     return measured
 
 
+def pilot_data_bytes(lab: Lab) -> Measured:
+    """D2: the Pilot-Data paper's example; what is compared is what the server sent."""
+    bench, servers = lab.bench, lab.servers
+    url = servers.http_url(servers.big)
+    curl = installed("curl")
+
+    def sent_by(work: Callable[[], None]) -> int:
+        before = len(servers.http.asked())
+        work()
+        return sum(asked.sent_bytes for asked in servers.http.asked()[before:])
+
+    def linked() -> None:
+        program = Path(__file__).with_name("systems_pilot_data.py")
+        with stagefs(bench) as ours:
+            environment = {"STAGEFS_MOUNT": str(ours.point)}
+            words = (str(TASKS), url, str(servers.size_bytes))
+            bench.run("python", program, *words, environment=environment)
+
+    def pulled() -> None:
+        for number in range(TASKS):
+            with _directory(bench, f"task{number}") as place:
+                bench.run(curl, "-sSf", "-o", place / "big.bin", url)
+
+    bench.say(f"{lab.point}: {TASKS} units that each read a quarter")
+    ours = sent_by(linked)
+    bench.say(f"{lab.point}: {TASKS} tasks that each pull the file")
+    peer = sent_by(pulled)
+    row = Row(
+        point=lab.point,
+        what=f"bytes that {TASKS} tasks get which read a quarter of one file",
+        ours=f"{ours / MIB:.0f} MiB",
+        peer=PULLED,
+        peer_figure=f"{peer / MIB:.0f} MiB",
+        value=ours / peer,
+        goal=Goal(0.333, below=True),
+    )
+    return Measured([row])
+
+
 POINTS = (
     Point("s7-disk", "RADICAL-Pilot in the mount and on plain disk", radical_on_disk),
     Point("s7-ssh", "RADICAL-Pilot's tasks on one cold file over ssh", radical_over_ssh),
     Point("d2-parsl", "Parsl's tasks on one cold file over ssh", parsl_over_ssh),
+    Point("d2-pilot", "Pilot-Data: bytes that units get of one shared file", pilot_data_bytes),
 )
 
 
@@ -176,7 +217,7 @@ def arguments() -> argparse.Namespace:
     known = "\n".join(f"  {point.name:<12}{point.summary}" for point in POINTS)
     parser = argparse.ArgumentParser(
         prog="python -m bench.systems",
-        description="RADICAL-Pilot and Parsl with and without StageFS in one run, as ratios.",
+        description="RADICAL-Pilot, Parsl and Pilot-Data with and without StageFS, as ratios.",
         epilog=f"points:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
