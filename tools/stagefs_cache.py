@@ -111,7 +111,7 @@ def export(directory: Path | None, form: str, mountpoint: str | None, as_json: b
 @mount_option
 @json_option
 def show(directory: Path | None, subject: str, mountpoint: str | None, as_json: bool) -> None:
-    """Show one entry (with --dir: and which chunks of it are here)."""
+    """Show one entry, and which chunks of it are here."""
     if directory is not None:
         cache_bare.show_entry(directory, subject, as_json=as_json)
     else:
@@ -124,7 +124,7 @@ def show(directory: Path | None, subject: str, mountpoint: str | None, as_json: 
 @click.option(
     "--repair", is_flag=True, help="With DIR: drop what is damaged (a mount always does)."
 )
-@click.option("--resume", is_flag=True, help="With DIR: go on where the last verify was stopped.")
+@click.option("--resume", is_flag=True, help="Go on where the last verify of all was stopped.")
 @mount_option
 @json_option
 def verify(
@@ -145,7 +145,7 @@ def verify(
             directory, repair=repair, resume=resume, as_json=as_json
         )
     else:
-        is_right = cache_live.verify(mountpoint, subject, as_json=as_json)
+        is_right = cache_live.verify(mountpoint, subject, resume=resume, as_json=as_json)
     if not is_right:
         sys.exit(DAMAGE_FOUND_EXIT_CODE)
 

@@ -17,6 +17,7 @@ from stagefs.cache.inspect import (
 )
 from stagefs.cli.cache_tables import Choice, entry_table
 from stagefs.cli.cache_tending import repair_directory
+from stagefs.cli.chunk_maps import chunk_map
 from stagefs.cli.output import (
     human,
     print_json,
@@ -28,12 +29,9 @@ from stagefs.cli.output import (
 )
 from stagefs.staging.values import Progress
 
-MAP_COLUMNS = 64
 # A verify that is stopped loses at most so much of its work.
 POSITION_WRITTEN_S = 2.0
 POSITION_NAME = "verify.position"
-# How much of a column of the chunk map is here: nothing, a part, all.
-MAP_NOTHING, MAP_PART, MAP_ALL = ".+#"
 
 
 class VerifiedDirectory(msgspec.Struct, frozen=True):
@@ -106,31 +104,6 @@ def _entry_facts(detail: EntryDetail) -> list[tuple[str, str]]:
         until = "" if lease.expires is None else f" until {when(int(lease.expires * 1e9))}"
         facts.append(("pinned", f"by {shown_name(lease.owner)}{until}"))
     return facts
-
-
-def chunk_map(detail: EntryDetail, columns: int = MAP_COLUMNS) -> str:
-    """The object from its start to its end, each column a share of it: ``#`` is all there,
-    ``+`` partly, ``.`` not at all."""
-    columns = min(columns, detail.chunk_count)
-    here = [0] * columns
-    for first, count in detail.present:
-        for column in range(
-            first * columns // detail.chunk_count,
-            ((first + count) * columns - 1) // detail.chunk_count + 1,
-        ):
-            start, stop = _column_span(column, columns, detail.chunk_count)
-            here[column] += max(0, min(stop, first + count) - max(start, first))
-    drawn = []
-    for column, count in enumerate(here):
-        start, stop = _column_span(column, columns, detail.chunk_count)
-        full = count == stop - start
-        drawn.append(MAP_ALL if full else MAP_PART if count else MAP_NOTHING)
-    return "".join(drawn)
-
-
-def _column_span(column: int, columns: int, chunk_count: int) -> tuple[int, int]:
-    """The chunks of a column; together they are all chunks, each once."""
-    return -(-column * chunk_count // columns), -(-(column + 1) * chunk_count // columns)
 
 
 class _Position(msgspec.Struct, frozen=True):

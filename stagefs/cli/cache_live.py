@@ -1,8 +1,12 @@
 """What stagefs-cache does on a mount whose daemon lives: through the control API."""
 
+from pathlib import Path
+
 import click
 
+from stagefs.cache.inspect import CacheDirectory
 from stagefs.cli.cache_tables import Choice, entry_table
+from stagefs.cli.chunk_maps import chunk_map
 from stagefs.cli.finding import Target, target
 from stagefs.cli.output import (
     human,
@@ -13,7 +17,7 @@ from stagefs.cli.output import (
     shown_name,
     when,
 )
-from stagefs.errors import InvalidName
+from stagefs.errors import InvalidName, StageFSError
 from stagefs.staging.values import CacheEntry, CacheUsage
 from stagefs.units import parse_size
 
@@ -39,7 +43,17 @@ def show_entry(mountpoint: str | None, subject: str, *, as_json: bool) -> None:
     if as_json:
         print_json(entry)
     else:
-        print_table(_rows(entry))
+        print_table([*_rows(entry), *_map_row(chosen, entry)])
+
+
+def _map_row(chosen: Target, entry: CacheEntry) -> list[tuple[str, str]]:
+    """Which chunks are here is read from the entry's own file, as without a daemon."""
+    directory = Path(chosen.client.cache_usage().directory)
+    try:
+        (detail,) = CacheDirectory(directory).show(entry.key)
+    except (StageFSError, ValueError):  # evicted meanwhile
+        return []
+    return [("map", chunk_map(detail))]
 
 
 def _rows(entry: CacheEntry) -> list[tuple[str, str]]:
@@ -79,12 +93,12 @@ def print_usage(usage: CacheUsage, *, as_json: bool) -> None:
     print_table([*rows, *happened])
 
 
-def verify(mountpoint: str | None, subject: str | None, *, as_json: bool) -> bool:
+def verify(mountpoint: str | None, subject: str | None, *, resume: bool, as_json: bool) -> bool:
     """False when there was damage."""
     chosen = target(mountpoint)
     wanted = None if subject is None else subject_of(chosen, subject)
     with progress_bar(quiet=as_json) as progress:
-        verified = chosen.client.cache_verify(wanted, progress=progress)
+        verified = chosen.client.cache_verify(wanted, resume=resume, progress=progress)
     if as_json:
         print_json(verified)
     else:

@@ -355,9 +355,13 @@ class Client:
         return self._short(Operations.CACHE_USAGE, values.Empty(), values.CacheUsage)
 
     def cache_verify(
-        self, subject: str | None = None, *, progress: ProgressCallback = _ignore
+        self,
+        subject: str | None = None,
+        *,
+        resume: bool = False,
+        progress: ProgressCallback = _ignore,
     ) -> values.Verified:
-        request = values.Verify(subject)
+        request = values.Verify(subject, resume=resume)
         return self._long(Operations.CACHE_VERIFY, request, values.Verified, progress)
 
     def cache_evict(

@@ -33,6 +33,7 @@ from stagefs.staging.names import first_error
 from stagefs.staging.tree import Place, Tree, parse_place
 from stagefs.staging.turns import Turns
 from stagefs.staging.values import Progress, ProgressCallback
+from stagefs.staging.verifying import Position, PositionFile
 from stagefs.state_directory import cache_limits
 
 PIN_OWNER = "admin"
@@ -181,31 +182,62 @@ class CacheOperations:
 
     async def verify(self, request: values.Verify, progress: ProgressCallback) -> values.Verified:
         """Hash every cached chunk again.  What is damaged goes, and is fetched when it is read."""
-        wanted = None
         if request.subject is not None:
+            if request.resume:
+                raise InvalidName("Only a verify of the whole cache goes on where it was stopped.")
             wanted = {subject.key for subject in await self._subjects(request.subject)}
-        rows = [row for row in await self._rows() if wanted is None or row.key.hex() in wanted]
-        total = sum(row.cached_bytes for row in rows)
-        entries = chunks = done = 0
-        damaged = []
-        for row in rows:
-            progress(Progress("verifying", done, total))
-            before = self._cache.counters().damaged_entries
-            entry = self._cache.entry(
-                ObjectId(_text(row.url), _text(row.version)), size_bytes=row.size_bytes
-            )
-            if entry is not None:
-                checked, wrong = await self._verify_entry(entry)
-                entries, chunks = entries + 1, chunks + checked
-                if wrong:
-                    damaged.append(f"{_text(row.url)}: {wrong} of {checked} chunks were damaged")
-            elif self._cache.counters().damaged_entries > before:
-                entries += 1
-                damaged.append(f"{_text(row.url)}: its file was damaged")
-            done += row.cached_bytes
-        now_s = time.time()
+            rows = [row for row in await self._rows() if row.key.hex() in wanted]
+            position = await self._verify_rows(rows, Position(), progress, PositionFile(None))
+        else:
+            file = PositionFile(self._cache.directory)
+            begin = file.read() if request.resume else Position()
+            rows = sorted(await self._rows(), key=lambda row: row.key)
+            position = await self._verify_rows(rows, begin, progress, file)
+        now_s, damaged = time.time(), position.damaged
         await self._note(*(Event(now_s, "damaged", url=line, by="verify") for line in damaged))
-        return values.Verified(entries, chunks, done, damaged)
+        return values.Verified(position.entries, position.chunks, position.bytes_read, damaged)
+
+    async def _verify_rows(
+        self,
+        rows: list[IndexRow],
+        position: Position,
+        progress: ProgressCallback,
+        file: PositionFile,
+    ) -> Position:
+        """Those behind ``position``; the one that was reached is in the file if this is stopped."""
+        left = [row for row in rows if row.key.hex() > position.after]
+        total = position.bytes_read + sum(row.cached_bytes for row in left)
+        try:
+            for row in left:
+                progress(Progress("verifying", position.bytes_read, total))
+                position = await self._verify_row(row, position)
+                await trio.to_thread.run_sync(file.write_now_and_then, position)
+        except BaseException:  # the command was stopped, or the mount is; it goes on
+            file.write(position)
+            raise
+        file.remove()
+        return position
+
+    async def _verify_row(self, row: IndexRow, position: Position) -> Position:
+        before = self._cache.counters().damaged_entries
+        entry = self._cache.entry(
+            ObjectId(_text(row.url), _text(row.version)), size_bytes=row.size_bytes
+        )
+        entries, checked, damaged = 0, 0, []
+        if entry is not None:
+            entries = 1
+            checked, wrong = await self._verify_entry(entry)
+            if wrong:
+                damaged = [f"{_text(row.url)}: {wrong} of {checked} chunks were damaged"]
+        elif self._cache.counters().damaged_entries > before:
+            entries, damaged = 1, [f"{_text(row.url)}: its file was damaged"]
+        return Position(
+            after=row.key.hex(),
+            entries=position.entries + entries,
+            chunks=position.chunks + checked,
+            bytes_read=position.bytes_read + row.cached_bytes,
+            damaged=[*position.damaged, *damaged],
+        )
 
     async def _verify_entry(self, entry: Entry) -> tuple[int, int]:
         """(chunks checked, chunks found damaged)."""

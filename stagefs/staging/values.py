@@ -381,9 +381,11 @@ class CacheUsage(msgspec.Struct, frozen=True):
 
 
 class Verify(msgspec.Struct, frozen=True):
-    """Check every chunk of ``subject``, or of all entries."""
+    """Check every chunk of ``subject``, or of all entries; ``resume``: go on behind those that a
+    verify of all entries had reached when it was stopped."""
 
     subject: str | None = None
+    resume: bool = False
 
 
 class Verified(msgspec.Struct, frozen=True):

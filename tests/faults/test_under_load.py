@@ -218,9 +218,9 @@ def supervisor_log(mount: Mounted) -> str:
     return (mount.state / "supervisor.log").read_text()
 
 
-def kill_at_work(mount: Mounted, load: Load) -> dict[str, Any]:
-    """Kill the daemon when a reader waits for a fetch that is under way, and an output is being
-    uploaded; what it had in work."""
+def hit_at_work(mount: Mounted, load: Load, number: signal.Signals) -> dict[str, Any]:
+    """Send the daemon a signal when a reader waits for a fetch that is under way and an output is
+    being uploaded; what it had in work."""
     at_work: dict[str, Any] = {}
 
     def begun() -> bool:
@@ -231,7 +231,7 @@ def kill_at_work(mount: Mounted, load: Load) -> dict[str, Any]:
         return bool(fetching and at_work["queue"]["uploading"])
 
     wait_until(begun, "a fetch and an upload under way", deadline_s=60, told=lambda: at_work)
-    os.kill(at_work["pid"], signal.SIGKILL)
+    os.kill(at_work["pid"], number)
     return at_work
 
 
@@ -313,10 +313,9 @@ def test_killed_again_and_again_under_load(
             load.add("waiter", WAITER)
             load.wait_until_begun()
             kills = range(KILLS_LONG if long else KILLS)
-            found = [kill_at_work(mount, load) for _ in kills]
+            found = [hit_at_work(mount, load, signal.SIGKILL) for _ in kills]
             if long:
-                stopped = mount.daemon()
-                os.kill(stopped, signal.SIGSTOP)
+                stopped = hit_at_work(mount, load, signal.SIGSTOP)["pid"]
                 line = f"daemon {stopped} has answered nothing"
                 wait_until(lambda: line in supervisor_log(mount), line, deadline_s=60)
             said = load.end()

@@ -51,12 +51,33 @@ def test_status(mount: Mounted) -> None:
     assert str(mount.state) in mount.stagefs("status").stdout.decode()
 
 
+def map_of(mount: Mounted, name: str) -> str:
+    """The bar that `stagefs-cache show` draws."""
+    lines = mount.cache("show", f"staging:///{name}").stdout.decode().splitlines()
+    (drawn,) = [line.split()[1] for line in lines if line.startswith("map ")]
+    return drawn
+
+
+def test_the_map_of_an_entry_that_is_partly_here(
+    anybody: Identity, web: HttpServed, new_mount: MakeMount
+) -> None:
+    mount = new_mount(anybody, settings='[read]\nwindow_bytes_max = "0"\n')
+    mount.stage_in(web.put("x", content(8 * MIB)), "x")
+    code = "import os, sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 1, 5 << 20)"
+    mount.python(code, "MNT/staging/x")
+    drawn = map_of(mount, "x")
+    assert len(drawn) == 8
+    assert drawn[5] == "#"
+    assert drawn[0] == "."
+
+
 def test_live_cache(mount: Mounted, web: HttpServed) -> None:
     entries = {entry["url"]: entry for entry in mount.json_of("stagefs-cache", "list")}
     assert entries[web.url("large")]["cached_bytes"] == 5 * MIB
     assert entries[web.url("small")]["cached_bytes"] == 5
     shown = mount.cache("show", "staging:///large").stdout.decode()
     assert web.url("large") in shown
+    assert map_of(mount, "large") == "#####"
     assert mount.json_of("stagefs-cache", "usage")["entries"] == 2
     assert mount.cache("verify").returncode == 0
 

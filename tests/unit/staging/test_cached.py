@@ -1,8 +1,10 @@
 """The cache through the API: list, show, verify, evict, pin, warm, capacity."""
 
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
+import trio
 
 from stagefs.errors import Busy, CacheFailed, InvalidName, NotFound, ObjectMissing
 from stagefs.model import MIB
@@ -191,3 +193,62 @@ async def test_without_a_cache_disk_names_work_and_cache_verbs_say_why(
 
 def test_progress_is_of_bytes_unless_said_otherwise() -> None:
     assert Progress("x", 0, None).unit == "bytes"
+
+
+async def test_a_verify_that_was_stopped_goes_on(staging: Staging) -> None:
+    for number in range(6):
+        url = staging.remote.store(f"/{number}", bytes([number]) * MIB)
+        await staging.stage_in(url, target=f"staging:///{number}")
+    await _warm(staging, "staging:///")
+    asked: list[int | None] = []
+    with trio.CancelScope() as stop:
+
+        def stop_at_the_fourth(progress: Progress) -> None:
+            asked.append(progress.done)
+            if len(asked) == 4:
+                stop.cancel()
+
+        await staging.area.cache_verify(values.Verify(), stop_at_the_fourth)
+    assert stop.cancelled_caught
+    assert asked == [0, MIB, 2 * MIB, 3 * MIB]
+
+    def resumed() -> Awaitable[values.Verified]:
+        return staging.area.cache_verify(values.Verify(resume=True), staging.progress.append)
+
+    # A verify of one subject in between is another matter.
+    await _verify(staging, "staging:///0")
+    staging.progress.clear()
+    found = await resumed()
+    assert [line.done // MIB for line in staging.progress] == [3, 4, 5]
+    assert (found.entries, found.chunks, found.bytes_read) == (6, 6, 6 * MIB)
+    # It has ended: there is nothing to go on with, and the next one begins anew.
+    staging.progress.clear()
+    assert (await resumed()).entries == 6
+    assert [line.done // MIB for line in staging.progress] == [0, 1, 2, 3, 4, 5]
+
+
+async def test_what_was_found_before_it_was_stopped_is_told_at_the_end(staging: Staging) -> None:
+    url = staging.remote.store("/large", LARGE)
+    await staging.stage_in(url, target="staging:///large")
+    await _warm(staging, "staging:///")
+    _flip(staging.directory, 0)
+    for number in range(8):  # keys are hashes: some come behind the damaged one
+        small = staging.remote.store(f"/{number}", b"small")
+        await staging.stage_in(small, target=f"staging:///{number}")
+    await _warm(staging, "staging:///")
+    with trio.CancelScope() as stop:
+
+        def stop_behind_the_large_one(progress: Progress) -> None:
+            if progress.done >= len(LARGE):
+                stop.cancel()
+
+        await staging.area.cache_verify(values.Verify(), stop_behind_the_large_one)
+    assert stop.cancelled_caught
+    found = await staging.area.cache_verify(values.Verify(resume=True), staging.progress.append)
+    assert found.entries == 9
+    assert found.damaged == [f"{url}: 1 of 3 chunks were damaged"]
+
+
+async def test_one_subject_is_verified_whole(staging: Staging) -> None:
+    with pytest.raises(InvalidName, match="whole cache"):
+        await staging.area.cache_verify(values.Verify("staging:///d", resume=True), lambda _: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stagefs.cache.inspect import EntryDetail, EntrySummary
-from stagefs.cli.cache_bare import chunk_map
+from stagefs.cli.chunk_maps import chunk_map
 from stagefs.model import MIB
 from tests.unit.cache.filling import CHUNK, flip, object_file, object_id, opened, small, store
 
