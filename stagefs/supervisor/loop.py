@@ -363,7 +363,7 @@ class Supervisor:
             answered,
         )
         self._failures = 0 if answered or self._watchdog.heard else self._failures + 1
-        self._backoff.note_life(self._daemon.lived_s)
+        self._backoff.note_life(self._daemon.lived_s, worked=not self._failures)
         self._daemon.close()
 
     def _back_off(self) -> None:
