@@ -1,5 +1,6 @@
 """RADICAL-Pilot itself, unmodified, its pilots and tasks on a mount (S1 to S6, S8, S9, D1, D3)."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,10 @@ def test_pilots_that_span_nodes_are_refused(radical: System, mount: Mounted) -> 
     assert answer["pilots"] == 0
 
 
+def _leases_one(mount: Mounted, path: str) -> bool:
+    return bool(mount.json_of("stagefs", "sandbox", "show", f"MNT{path}")["leases"] == 1)
+
+
 def test_directories_of_an_unchanged_program_are_sandboxes(radical: System, mount: Mounted) -> None:
     work_in(radical, mount.point)
     (radical.directory / "source").write_bytes(b"the input\n")
@@ -187,12 +192,15 @@ def test_directories_of_an_unchanged_program_are_sandboxes(radical: System, moun
     for task in answer["tasks"]:
         path = task["sandbox"].partition(str(mount.point))[2].rstrip("/")
         assert sandbox_states(mount)[path] == "active"
+        # RADICAL-Pilot's agent made the link, with link(2).
+        wait_until(functools.partial(_leases_one, mount, path), f"the lease of {path}/input.dat")
         mount.run("sh", "-c", f"echo more >>{mount.point}{path}/input.dat")
         shown = mount.json_of("stagefs", "sandbox", "show", f"MNT{path}")
         assert "input.dat" in shown["modified"], shown
         mount.stagefs("sandbox", "commit", f"MNT{path}", "--out", f"STDOUT=staging:///again{path}")
         assert mount.read(f"staging/again{path}") == b"the input\n"
         assert sandbox_states(mount)[path] == "committed"
+    assert mount.json_of("stagefs-cache", "usage")["leases"] == 0, "they end with a commit"
     # RADICAL-Pilot's sandboxes end with its directory.
     mount.run("rm", "-r", "MNT/radical.pilot.sandbox")
     assert sandbox_states(mount) == {}
