@@ -22,9 +22,11 @@ from stagefs.errors import (
     RemoteUnavailable,
 )
 from stagefs.model import EntryKind, Span, WholeObject
+from stagefs.remote.access import Access
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.irods import IrodsRemote
 from stagefs.remote.settings import Environment
+from stagefs.remote.url import parse
 from tests.contract.subjects import SETTINGS
 from tests.contract.test_put import put_bytes
 from tests.contract.test_remote_contract import Item, fetched, listed
@@ -129,6 +131,23 @@ async def test_no_login_and_no_server(tmp_path: Path) -> None:
     away = IrodsRemote("irods://127.0.0.1:9", settings, credentials)
     with pytest.raises(RemoteUnavailable):
         await away.stat(url)
+
+
+async def test_a_resource_and_a_name_of_who_asks_reach_the_server(tmp_path: Path) -> None:
+    """Whose recorded session had neither, so it ends there."""
+    server = Irods()
+    credentials = CredentialStore(None)
+    top = urls(server, credentials)
+    told = Access(application="stagefs vo=osg")
+    for access, sent in ((told, b"stagefs vo=osg"), (Access(resource="osgGroup"), b"osgGroup")):
+        credentials.keep_access(parse(top).host_url, access)
+        driver = IrodsRemote(parse(top).host_url, SETTINGS, credentials)
+        with pytest.raises(RemoteError):
+            await fetched(driver, top + OBJECT, Span(0, 16), tmp_path / "sink")
+        await driver.aclose()
+        assert any(sent in message for message in server.asked), access
+    assert any(b"rescName" in message and b"osgGroup" in message for message in server.asked)
+    server.stop()
 
 
 async def test_it_is_read_only(remote: tuple[IrodsRemote, str], tmp_path: Path) -> None:

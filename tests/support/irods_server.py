@@ -23,11 +23,13 @@ _CLOSE, _SEEK, _READ, _QUERY, _LOGIN = 673, 674, 675, 702, 110000
 
 
 class Irods:
-    """A running server.  ``unknown`` are requests that the recording has no answer for."""
+    """A running server.  ``unknown`` are requests that the recording has no answer for; ``asked``
+    has all of them as they came."""
 
     def __init__(self) -> None:
         self._known, self._no_rows, self._refused = _recorded()
         self.unknown: list[int] = []
+        self.asked: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, name="irods", daemon=True).start()
@@ -51,6 +53,7 @@ class Irods:
         position = 0
         with client, contextlib.suppress(EOFError, OSError):
             while message := _received(client):
+                self.asked.append(message)
                 operation = _field(message, "intInfo")
                 if b"<type>RODS_DISCONNECT</type>" in message:
                     return
