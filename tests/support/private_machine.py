@@ -8,6 +8,7 @@ sshd) is started ``in_network``, where it can be reached.
 import contextlib
 import ctypes
 import os
+import select
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ CLONE_NEWNET = 0x40000000
 OWN = ("--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 # The first process of the machine: whose parent ended is its child, and must be reaped.
 FIRST = "echo ready; while read -r _; do :; done"
+END_S = 60.0
 
 
 class PrivateMachine:
@@ -119,8 +121,13 @@ class PrivateMachine:
     def end(self) -> None:
         assert self._unshare.stdin is not None
         assert self._unshare.stdout is not None
+        # Its first process ends after all others of the machine have.
+        first = os.pidfd_open(self.pid)
         self._unshare.kill()
         self._unshare.wait()
+        ended, _, _ = select.select([first], [], [], END_S)
+        os.close(first)
+        assert ended, f"the machine {self.name} does not end"
         self._unshare.stdin.close()
         self._unshare.stdout.close()
 

@@ -1,5 +1,7 @@
 """A Slurm cluster on a private machine, from Debian's unmodified packages: munged, slurmctld and
-slurmd, all of them root's, as slurmd is on a real cluster.  Jobs are an ordinary user's.
+two slurmd, all of them root's, as slurmd is on a real cluster.  Jobs are an ordinary user's.
+
+The second node has mounts and a /run of its own.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ from pathlib import Path
 from tests.support.private_machine import PrivateMachine
 from tests.support.waiting import wait_until
 
+NODES = ("node1", "node2")
 DIRECTORIES = ("ctld", "spool", "log", "munge")
 CONFIGURATION = """ClusterName=stagefs
 SlurmctldHost={name}(127.0.0.1)
@@ -38,12 +41,14 @@ MpiDefault=none
 SwitchType=switch/none
 KillWait=2
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=one Nodes=node1 Default=YES MaxTime=INFINITE State=UP
+PartitionName=both Nodes=ALL MaxTime=INFINITE State=UP
 """
 
 
 class SlurmCell:
-    """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it."""
+    """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it.
+    ``own_places``: directories for which the second node has another one."""
 
     def __init__(
         self,
@@ -51,18 +56,18 @@ class SlurmCell:
         *,
         settings: Mapping[str, str],
         plugins: Mapping[str, str],
-        nodes: int = 1,
+        own_places: Mapping[Path, Path],
     ) -> None:
         self._machine = machine
         self._top = machine.directory
-        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self._own_places = own_places
         self.environment = {"SLURM_CONF": str(self._top / "slurm.conf")}
         for name in DIRECTORIES:
             (self._top / name).mkdir(mode=0o755)
         lines = [
             f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={17001 + number}"
             " CPUs=4 State=UNKNOWN"
-            for number, node in enumerate(self.nodes)
+            for number, node in enumerate(NODES)
         ]
         text = CONFIGURATION.format(top=self._top, name=machine.name, nodes="\n".join(lines))
         text += "".join(f"{name}={value}\n" for name, value in settings.items())
@@ -82,8 +87,12 @@ class SlurmCell:
         self._machine.run("munged", "--force", *options)
         self.run("slurmctld")
         wait_until(self._answers, "an answer of slurmctld", deadline_s=60)
-        for node in self.nodes:
-            self.run("slurmd", "-N", node)
+        self.run("slurmd", "-N", NODES[0])
+        own = "".join(
+            f" mount --bind {other} {place};" for place, other in self._own_places.items()
+        )
+        script = f"mount -t tmpfs -o mode=755 run /run;{own} exec slurmd -N {NODES[1]}"
+        self.run("unshare", "--mount", "sh", "-ec", script)
         wait_until(lambda: self.states() == {"idle"}, "idle nodes", deadline_s=60)
 
     def run(self, *command: str | Path, check: bool = True) -> str:

@@ -30,7 +30,8 @@ SETTLED_S = 60.0
 
 @dataclasses.dataclass
 class Cluster:
-    """A cluster of one node, and two other hosts: nginx, and sshd, whose /data is ``data`` here."""
+    """A cluster, and two other hosts: nginx, and sshd, whose /data is ``data`` here.  Jobs run on
+    node1, unless they ask for the partition that has node2, too."""
 
     machine: PrivateMachine
     cell: SlurmCell
@@ -47,7 +48,7 @@ class Cluster:
             "sbatch",
             "--parsable",
             "-o",
-            "%A.%a.out" if "--array=1-3" in options else "%j.out",
+            "%A.%a.out" if "--array" in str(options) else "%j.out",
         ]
         return self.as_user(*words, *options, path, check=check, **variables).strip()
 
@@ -87,7 +88,7 @@ class Cluster:
 
     def states(self) -> list[Path]:
         """State directories that are kept, of mounts and of buffers."""
-        found = (self.machine.directory / "state").glob("stagefs-*/*")
+        found = self.machine.directory.glob("*state/stagefs-*/*")
         return [path for path in found if path.suffix != ".cache"]
 
     def assert_nothing_is_left(self) -> None:
@@ -106,9 +107,10 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Iterator[Cluster]:
     top = session_directory / "slurm"
-    for name in ("", "data", "home", "sshd", "state", "nginx"):
+    for name in ("", "data", "home", "sshd", "state", "node2-state", "nginx"):
         (top / name).mkdir()
     (top / "state").chmod(0o1777)
+    (top / "node2-state").chmod(0o1777)
     shutil.chown(top / "home", NOBODY, NOBODY)
     machine = PrivateMachine("slurmhost", top)
     try:
@@ -119,7 +121,12 @@ def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Ite
         hooks = install(machine, all_identities["root"].bin, settings(top, sshd))
         (top / "buffers").mkdir(mode=0o755)
         script = burst_buffer(all_identities["root"].bin, top)
-        cell = SlurmCell(machine, settings=hooks, plugins={"burst_buffer.lua": script})
+        cell = SlurmCell(
+            machine,
+            settings=hooks,
+            plugins={"burst_buffer.lua": script},
+            own_places={top / "state": top / "node2-state"},
+        )
         yield Cluster(machine, cell, nginx, sshd, top / "data", top / "home")
         for server in servers:
             server.__exit__(None, None, None)
@@ -183,19 +190,42 @@ def clean(cluster: Cluster) -> Iterator[None]:
     wait_until(lambda: cluster.cell.states() == {"idle"}, "idle nodes", told=cluster.cell.states)
 
 
-def test_an_array_fetches_its_shared_input_once(cluster: Cluster) -> None:
-    data = content(3_000_000, "array")
-    url = cluster.serve("shared.dat", data)
+@pytest.mark.parametrize(("tasks", "count"), [("1-3", 3), ("1-2%1", 2)])
+def test_an_array_fetches_its_shared_input_once(cluster: Cluster, tasks: str, count: int) -> None:
+    """Side by side, and one after another."""
+    data = content(3_000_000, tasks)
+    name = f"shared-{count}.dat"
+    url = cluster.serve(name, data)
     job = cluster.submit(
         'cat "$STAGEFS_SANDBOX/in.dat" | sha256sum\n'
         "srun -n1 bash -c 'sha256sum <\"$STAGEFS_MOUNT/tasks/job-$SLURM_JOB_ID/in.dat\"'",
-        "--array=1-3",
+        f"--array={tasks}",
         f"--comment=stagefs: in:in.dat={url}",
     )
     cluster.wait_for_end(job)
     expected = f"{hashlib.sha256(data).hexdigest()}  -\n" * 2
-    assert [cluster.output(f"{job}.{number}") for number in (1, 2, 3)] == [expected] * 3
-    assert cluster.sent_bytes("shared.dat") == len(data)
+    said = [cluster.output(f"{job}.{number + 1}") for number in range(count)]
+    assert said == [expected] * count, cluster.cell.log()
+    assert cluster.sent_bytes(name) == len(data)
+
+
+def test_a_job_of_two_nodes_has_a_mount_on_each(cluster: Cluster) -> None:
+    data = content(500_000, "nodes")
+    job = cluster.submit(
+        "srun bash -c 'sha256sum <$STAGEFS_SANDBOX/in.dat; readlink /proc/self/ns/mnt;"
+        ' hostname >"$STAGEFS_SANDBOX/at-$SLURM_NODEID"\'',
+        "--partition=both",
+        "--nodes=2",
+        f"--comment=stagefs: in:in.dat={cluster.serve('nodes.dat', data)}"
+        f" out:at-*={cluster.url('nodes/')}",
+    )
+    assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
+    digest = hashlib.sha256(data).hexdigest()
+    lines = cluster.output(job).splitlines()
+    assert lines.count(f"{digest}  -") == 2
+    assert len(set(lines)) == 3, "both ran on one node"
+    assert cluster.sent_bytes("nodes.dat") == 2 * len(data)
+    assert sorted(path.name for path in (cluster.data / "nodes").iterdir()) == ["at-0", "at-1"]
 
 
 def test_a_cancelled_job_leaves_its_outputs_and_no_mount(cluster: Cluster) -> None:
@@ -278,15 +308,11 @@ def test_a_job_that_asks_for_nothing(cluster: Cluster) -> None:
     assert job not in cluster.output(job)
 
 
-def test_outputs_that_nobody_takes_go_out_with_the_next_job_which_finds_the_cache(
-    cluster: Cluster,
-) -> None:
-    data = content(300_000, "again")
-    inputs = f"in:in.dat={cluster.serve('again.dat', data)}"
-    comment = f"--comment=stagefs: {inputs} out:result*={cluster.url('late/')}"
+def test_outputs_that_nobody_takes_are_kept_and_go_out_with_the_next_job(cluster: Cluster) -> None:
+    comment = f"--comment=stagefs: out:result*={cluster.url('late/')}"
     at_work, go = (cluster.home / name for name in ("keeping", "go"))
     job = cluster.submit(
-        'cd "$STAGEFS_SANDBOX" && sha256sum <in.dat >result.1\n'
+        'echo precious >"$STAGEFS_SANDBOX/result.1"\n'
         f"touch {at_work}; until [ -e {go} ]; do sleep 0.1; done",
         comment,
     )
@@ -306,12 +332,10 @@ def test_outputs_that_nobody_takes_go_out_with_the_next_job_which_finds_the_cach
     (kept,) = cluster.states()
     assert str(kept) in reason
     assert not (cluster.data / "late/result.1").exists()
-    job = cluster.submit('cd "$STAGEFS_SANDBOX" && sha256sum <in.dat >result.2', comment)
+    job = cluster.submit('echo new >"$STAGEFS_SANDBOX/result.2"', comment)
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
-    expected = f"{hashlib.sha256(data).hexdigest()}  -\n"
-    assert (cluster.data / "late/result.1").read_text() == expected
-    assert (cluster.data / "late/result.2").read_text() == expected
-    assert cluster.sent_bytes("again.dat") == len(data)
+    assert (cluster.data / "late/result.1").read_text() == "precious\n"
+    assert (cluster.data / "late/result.2").read_text() == "new\n"
 
 
 @pytest.mark.parametrize(
