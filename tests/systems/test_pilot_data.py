@@ -433,6 +433,29 @@ def test_another_program_finds_all_again(flow: Flow) -> None:
     assert found["compute"] == "Done", "its program has ended"
 
 
+def test_units_are_added_to_copied_exported_and_cancelled(flow: Flow) -> None:
+    flow.put("more.txt", b"more")
+    top = flow.mount.identity.directory(flow.directory / "pds")
+    found = flow.ask("kept", str(top))
+    assert found["files"] == {"test.txt": 2, "more.txt": 2}
+    unit = found["data"]["url"].rpartition("/")[2]
+    for place in (top / "first" / unit, top / "second" / unit, top / "url"):
+        assert (place / "test.txt").read_bytes() == TEXT, place
+        assert (place / "more.txt").read_bytes() == b"more", place
+    assert (flow.directory / "exported/test.txt").read_bytes() == TEXT
+    assert "/absent/file" in found["absent"]
+    assert "copy it from where it is" in found["elsewhere"]
+    assert found["data"]["state"] == "Canceled"
+    assert found["cancelled"]["state"] == "Failed"
+    assert f"{found['data']['url']} is Canceled" in found["cancelled"]["reason"]
+    # Nothing near is no place for units with hard affinity.
+    assert found["suits"]["state"] == "Done", found["suits"]["reason"]
+    assert found["not_yet"] == "New"
+    assert found["waits"]["state"] == "Canceled"
+    assert "is Canceled and takes no data unit" in found["ended"]
+    assert "was cancelled and takes no unit" in found["late"]
+
+
 def test_page(flow: Flow, nginx: Nginx) -> None:
     """docs/PILOT-DATA.md's program, as it is printed there."""
     text = (CHECKOUT / "docs/PILOT-DATA.md").read_text()

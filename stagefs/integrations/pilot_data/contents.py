@@ -180,14 +180,16 @@ class Contents:
         """Do the work in a thread and write down how it went."""
 
         def run() -> None:
-            outcome = Replica(COMPLETE)
+            unit = self.record().url
+            outcome = Replica(FAILED, f"{unit} is not in {pilot.service_url}: see the traceback.")
             try:
                 work()
+                outcome = Replica(COMPLETE)
             except (StageFSError, OSError) as exc:
-                unit = self.record().url
                 outcome = Replica(FAILED, f"{unit} is not in {pilot.service_url}: {exc}")
                 log.error("%s", outcome.reason)
-            self._change(lambda record: record.replicas.update({pilot.id: outcome}))
+            finally:
+                self._change(lambda record: record.replicas.update({pilot.id: outcome}))
 
         thread = threading.Thread(target=run, name=f"pilot-data {self.id}")
         self._threads = [*(one for one in self._threads if one.is_alive()), thread]

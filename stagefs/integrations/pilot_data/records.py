@@ -224,22 +224,34 @@ class Place:
         return self._lock.held()
 
     def read(self, kind: type[_Record], identity: str) -> _Record:
-        """Raises NotFound."""
+        """Raises NotFound, PilotError."""
         try:
             with open(f"{self._directory}/{identity}.json", "rb") as file:
                 return msgspec.json.decode(file.read(), type=kind)
         except FileNotFoundError:
             raise NotFound(
                 f"{identity} is not known in the mount {self.mountpoint}: it was made in another"
-                " one, or in another state directory."
+                " one, or in another state directory, or nothing is mounted there any more."
             ) from None
+        except OSError as exc:
+            raise self._lost(exc) from exc
 
     def write(self, record: _Record) -> None:
+        """Raises PilotError."""
         path = f"{self._directory}/{record.id}.json"
-        temporary = f"{path}.{threading.get_ident()}"
-        with open(temporary, "wb", opener=_private) as file:
-            file.write(msgspec.json.encode(record))
-        os.replace(temporary, path)
+        temporary = f"{path}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            with open(temporary, "wb", opener=_private) as file:
+                file.write(msgspec.json.encode(record))
+            os.replace(temporary, path)
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    def _lost(self, why: OSError) -> PilotError:
+        return PilotError(
+            f"The mount {self.mountpoint} keeps nothing of Pilot-Data any more ({why.strerror}):"
+            " look at its log, or mount again."
+        )
 
     def change(
         self, kind: type[_Record], identity: str, change: Callable[[_Record], object]

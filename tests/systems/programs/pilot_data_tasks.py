@@ -461,6 +461,48 @@ def find_again(urls: str) -> dict[str, Any]:
     }
 
 
+def kept(directory: str) -> dict[str, Any]:
+    """Adding, copying, exporting and cancelling, and units that wait for their affinity."""
+    flow = Flow()
+    first, second = (
+        flow.datas.create_pilot({"service_url": f"file://{directory}/{name}"})
+        for name in ("first", "second")
+    )
+    data = first.submit_data_unit({"file_urls": [os.path.abspath("test.txt")]})
+    data.wait(60)
+    os.unlink("test.txt")
+    first.copy_du(data, second)
+    data.add_files([os.path.abspath("more.txt")])
+    data.wait(60)
+    first.export_du(data, "exported")
+    first.export_du(data, f"file://{directory}/url")
+    absent = refused(lambda: data.add_files(["/absent/file"]))
+    elsewhere = refused(lambda: second.copy_du(DataUnit(), first))
+    data.cancel()
+    cancelled = flow.run("true", input_data=[data.get_url()])
+    hard = ComputeDataService(hard_affinity=True)
+    hard.add_pilot_compute_service(flow.computes)
+    suits = hard.submit_compute_unit({"executable": "true", **HERE})
+    waits = hard.submit_compute_unit({"executable": "true", **THERE})
+    suits.wait(60)
+    flow.service.wait()
+    not_yet = waits.get_state()
+    hard.cancel()
+    flow.end()
+    return {
+        "files": {name: len(one["pilot_data"]) for name, one in data.list().items()},
+        "absent": absent,
+        "elsewhere": elsewhere,
+        "data": told(data),
+        "cancelled": told(cancelled),
+        "suits": told(suits),
+        "not_yet": not_yet,
+        "waits": told(waits),
+        "ended": refused(lambda: first.submit_data_unit({"file_urls": []})),
+        "late": refused(lambda: hard.submit_compute_unit({"executable": "true"})),
+    }
+
+
 if __name__ == "__main__":
     answer = globals()[sys.argv[1]](*sys.argv[2:])
     with open("answer.json", "w") as file:
