@@ -10,6 +10,7 @@ Only while no daemon lives: a request that was sent again to a living one runs t
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import select
 from collections.abc import Callable
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from stagefs.supervisor import wire
 
+log = logging.getLogger("stagefs.supervisor")
+
 FORGET, INTERRUPT, BATCH_FORGET = 2, 36, 42
+STATFS = 17
 NO_REPLY = {FORGET, INTERRUPT, BATCH_FORGET}
 # Request ids are even numbers counted up by the kernel.
 ID_STEP = 2
@@ -122,6 +126,7 @@ class StaleSweep:
         self._done_below = 0
         self._next = 0
         self._last = 0
+        self._answered = 0
 
     @property
     def pending(self) -> bool:
@@ -133,6 +138,7 @@ class StaleSweep:
         ``provoke`` makes any request on the mount without waiting for its answer; it is
         needed when nothing is queued that would tell how far the ids have come.
         """
+        self._answered = 0
         if self._nobody_waits():
             self._next = self._last = 0
             return
@@ -156,10 +162,12 @@ class StaleSweep:
         stop = max(self._last, self._next - IDS_AT_ONCE * ID_STEP)
         for number in range(self._next, stop, -ID_STEP):
             unique.value = number
-            write(self._device, reply, 16)
+            self._answered += write(self._device, reply, 16) == len(reply)
         self._next = stop
         if self._nobody_waits():
             self._next = self._last
+        if not self.pending:
+            log.info("%d requests were in flight and got ESTALE", self._answered)
 
     def _nobody_waits(self) -> bool:
         """False as well when nobody can say: the control file system may not be mounted."""
@@ -189,5 +197,7 @@ class StaleSweep:
         while (request := _read(self._device, buffer)) is not None:
             # A forget gets its id when it is read, so it says nothing about the queue.
             if request.opcode not in NO_REPLY:
+                # What was provoked is nobody's.
+                self._answered -= request.opcode == STATFS
                 return request.unique
         return None
