@@ -167,7 +167,7 @@ class StaleSweep:
         if self._nobody_waits():
             self._next = self._last
         if not self.pending:
-            log.info("%d requests were in flight and got ESTALE", self._answered)
+            log.info("ESTALE went to %d requests that were in flight", self._answered)
 
     def _nobody_waits(self) -> bool:
         """False as well when nobody can say: the control file system may not be mounted."""

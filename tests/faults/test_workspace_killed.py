@@ -333,7 +333,7 @@ def test_three_clients_and_many_kills(
 
 def caught_requests(mount: Mounted) -> int:
     said = (mount.state / "supervisor.log").read_text()
-    return sum(int(n) for n in re.findall(r"(\d+) requests? were in flight", said))
+    return sum(int(n) for n in re.findall(r"(\d+) requests? (?:that )?were in flight", said))
 
 
 def _wait_for_rounds(stop: Path, clients: list[subprocess.Popen[bytes]], count: int) -> None:
