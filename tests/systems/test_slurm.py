@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,13 @@ class Cluster:
     data: Path
     home: Path
 
-    def submit(self, script: str, *options: str, check: bool = True, **variables: str) -> str:
+    def submit(
+        self,
+        script: str,
+        *options: str,
+        check: bool = True,
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
         """The job's number; the script's output goes to JOB.out in ``home``."""
         path = self.home / "job.sh"
         path.write_text(f"#!/bin/bash\n{script}\n")
@@ -50,13 +56,22 @@ class Cluster:
             "-o",
             "%A.%a.out" if "--array" in str(options) else "%j.out",
         ]
-        return self.as_user(*words, *options, path, check=check, **variables).strip()
+        return self.as_user(*words, *options, path, check=check, variables=variables).strip()
 
-    def as_user(self, *words: str | Path, check: bool = True, **variables: str) -> str:
+    def as_user(
+        self,
+        *words: str | Path,
+        check: bool = True,
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
         return self.machine.run(
             *words,
             uid=NOBODY,
-            environment={**self.cell.environment, "HOME": str(self.home), **variables},
+            environment={
+                **self.cell.environment,
+                "HOME": str(self.home),
+                **(variables or {}),
+            },
             directory=self.home,
             check=check,
         )
@@ -140,7 +155,7 @@ def settings(top: Path, sshd: Sshd) -> Path:
         f'[state]\nbase = "{top}/state"\n'
         f'[remote.ssh]\nconfig = "{sshd.ssh_config}"\nattempts = 1\n'
         "connect_timeout_s = 2\n"
-        "[stage_out]\ndrain_s = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 8\n"
+        "[stage_out]\ndrain_s = 1\nattempts = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 8\n"
         f'[path_map]\n"*:/data" = "{sshd.url_of(top / "data")}"\n'
     )
     return path
@@ -149,6 +164,9 @@ def settings(top: Path, sshd: Sshd) -> Path:
 def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dict[str, str]:
     """The scripts that are shipped, with what an administrator writes into them; and the lines of
     slurm.conf that name them."""
+    # Where users find the program.
+    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
+    machine.run("ln", "-s", programs / "stagefs", "/usr/local/bin/stagefs")
     lines = {"PrologFlags": "Alloc", "BurstBufferType": "burst_buffer/lua"}
     for setting, name in (
         ("Prolog", "prolog.sh"),
@@ -273,7 +291,7 @@ def test_a_missing_input_fails_the_job_and_not_the_node(cluster: Cluster) -> Non
 def test_a_wrong_request_is_told_in_the_jobs_output(
     cluster: Cluster, comment: str, variables: dict[str, str], expected: str
 ) -> None:
-    job = cluster.submit("echo ran", f"--comment={comment}", **variables)
+    job = cluster.submit("echo ran", f"--comment={comment}", variables=variables)
     assert cluster.wait_for_end(job) == "FAILED"
     said = cluster.output(job)
     assert expected in said
@@ -290,9 +308,11 @@ def test_a_request_in_the_environment(cluster: Cluster) -> None:
         'cd "$STAGEFS_SANDBOX" && srun -n2 true && cat "far, off" near listed >made.txt && ls',
         "--comment=stagefs:",
         "-n2",
-        STAGEFS_MANIFEST="job.toml",
-        STAGEFS_IN="far%2C%20off=/data/a%2C%20b near=file://" + f"{cluster.home}/near%20by",
-        STAGEFS_OUT=f"made.*={cluster.url('plain/')}",
+        variables={
+            "STAGEFS_MANIFEST": "job.toml",
+            "STAGEFS_IN": f"far%2C%20off=/data/a%2C%20b near=file://{cluster.home}/near%20by",
+            "STAGEFS_OUT": f"made.*={cluster.url('plain/')}",
+        },
     )
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.output(job)
     assert (cluster.data / "plain/made.txt").read_text() == "one\ntwo\nthree"
@@ -414,14 +434,29 @@ def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
     assert not (cluster.home / "has-begun").exists()
 
 
+def test_what_cannot_be_staged_out_stays_in_its_buffer(cluster: Cluster) -> None:
+    (cluster.data / "file").write_text("no directory\n")
+    job = cluster.submit(
+        f"#BB_LUA stagefs stage_out source=result destination={cluster.url('file/result')}\n"
+        'echo precious >"$STAGEFS_BB/result"'
+    )
+    wait_until(
+        lambda: "not uploaded" in cluster.cell.run("squeue", "-h", "-o", "%r", "-j", job),
+        "the reason in squeue",
+        deadline_s=SETTLED_S,
+        told=lambda: cluster.cell.run("scontrol", "show", "job", job),
+    )
+    buffers = cluster.machine.directory / "buffers"
+    assert (buffers / job / "result").read_text() == "precious\n"
+    cluster.as_user("scancel", "--hurry", job)
+    wait_until(lambda: not list(buffers.iterdir()), "the end of the buffer", deadline_s=SETTLED_S)
+
+
 @pytest.fixture(scope="module")
-def page(cluster: Cluster, all_identities: dict[str, Identity]) -> list[str]:
-    """The page's programs, with this test's host, and the installed program where users have it."""
+def page(cluster: Cluster) -> list[str]:
+    """The page's programs, with this test's host."""
     text = (CHECKOUT / "docs/SLURM.md").read_text()
     assert "ssh://host/data/" in text
-    cluster.machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
-    program = all_identities["root"].bin / "stagefs"
-    cluster.machine.run("ln", "-s", program, "/usr/local/bin/stagefs")
     found = re.findall(r"```bash\n#!/bin/bash\n(.*?)```", text, re.DOTALL)
     return [one.replace("ssh://host/data/", cluster.url("")) for one in found]
 
