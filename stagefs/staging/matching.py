@@ -90,10 +90,12 @@ class Matching:
                 if self._is_wanted(match)]  # fmt: skip
 
     def _missing(self, missing: Sequence[Output]) -> StageFSError:
-        names = ", ".join(output.pattern for output in missing)
-        what = "output is" if len(missing) == 1 else "outputs are"
+        # One pattern may go to several URLs.
+        patterns = list(dict.fromkeys(output.pattern for output in missing))
+        what = "output is" if len(patterns) == 1 else "outputs are"
         return NotFound(
-            f"Declared {what} missing in the sandbox {self._name}: {names}; nothing was committed."
+            f"Declared {what} missing in the sandbox {self._name}: {', '.join(patterns)}; "
+            "nothing was committed."
         )
 
     # Walking

@@ -79,6 +79,7 @@ async def test_missing_outputs_are_named_and_nothing_is_done(staging: Staging) -
             Output("std*", "staging:///runs/7/"),
             Output("a/*.dat", "staging:///runs/7/"),
             Output("b", "memory://store/b"),
+            Output("b", "staging:///b/"),
             Output("c", "staging:///c", optional=True),
         ]
     )
@@ -90,7 +91,7 @@ async def test_missing_outputs_are_named_and_nothing_is_done(staging: Staging) -
     assert await staging.names("staging:///") == []
     await staging.write("tasks/t/a/1.dat", b"1")
     await staging.write("tasks/t/b", b"2")
-    assert len((await staging.commit("t")).outputs) == 3
+    assert len((await staging.commit("t")).outputs) == 4
 
 
 async def test_what_is_open_for_writing_is_named(staging: Staging) -> None:
