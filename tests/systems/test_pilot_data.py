@@ -246,8 +246,9 @@ def test_bucket(flow: Flow, gateway: SharedGateway) -> None:
     address = rgw.endpoint.removeprefix("http://")
     _, other = gateway.fresh_bucket()
     found = flow.ask(
-        *("bucket", f"walrus://{address}/{name}/top", ACCESS_KEY_ID, SECRET_ACCESS_KEY),
-        f"walrus://{address}/{other}",
+        "bucket",
+        *(f"walrus://{address}/{name}/top", f"walrus://{address}/{other}"),
+        variables=[f"PD_KEY={ACCESS_KEY_ID}", f"PD_SECRET={SECRET_ACCESS_KEY}"],
     )
     assert found["unit"]["state"] == "Done", found["unit"]["reason"]
     url = found["data"]["url"]
@@ -261,7 +262,9 @@ def test_bucket(flow: Flow, gateway: SharedGateway) -> None:
     assert f"s3://{other}/{unit}/" in found["wrong"]
     assert "check the keys" in found["wrong"]
     assert SECRET_ACCESS_KEY not in found["wrong"] + flow.said
-    # The keys are in one file that only its owner may read.
+    # The keys are in one file that only its owner may read, and in nobody's command line.
+    shown = [program.command for program in kernel.programs()]
+    assert not [words for words in shown if any(SECRET_ACCESS_KEY in word for word in words)]
     state = flow.mount.state
     holders = [
         path
@@ -420,7 +423,11 @@ def test_directories_streams_and_failures(flow: Flow) -> None:
 
 
 def test_another_program_finds_all_again(flow: Flow) -> None:
+    """Also when everything was unmounted in between."""
     urls = flow.ask("begin", f"file://{flow.directory}/pd")
+    flow.mount.umount()
+    flow.mount.mount()
+    assert flow.mount.run("ls", urls["directory"]).stdout == b"stderr\nstdout\n"
     found = flow.ask("find_again", json.dumps(urls))
     assert found["data"]["state"] == "Running", found["data"]["reason"]
     assert found["same"]

@@ -30,7 +30,7 @@ import msgspec
 from stagefs.config import environment
 from stagefs.control.client import Refused
 from stagefs.errors import NotFound, StageFSError
-from stagefs.integrations.pilot_data.contents import Contents, copy, refuse_unfit
+from stagefs.integrations.pilot_data.contents import POLL_S, Contents, copy, refuse_unfit
 from stagefs.integrations.pilot_data.records import (
     PENDING,
     DataUnitRecord,
@@ -136,8 +136,7 @@ class Execution:
         found: dict[str, str] = {}
         for url in _list(self._description.get("input_data")):
             unit = data_unit(self._place, url)
-            unit.wait(None)
-            record = unit.record()
+            record = self._settled(unit)
             if record.state() != State.Running:
                 why = f": {record.why()}" if record.why() else ""
                 raise PilotError(f"The input {url} is {record.state()}{why}")
@@ -157,15 +156,21 @@ class Execution:
                 found[name] = f"{record.url}/{name}"
         return found
 
+    def _settled(self, unit: Contents) -> DataUnitRecord:
+        """As it is when it is not on its way any more.  Raises Cancelled."""
+        while (record := unit.record()).state() in (State.New, State.Pending):
+            self._cancelled.wait(POLL_S)
+            self._refuse_cancelled()
+        return record
+
     # The directory
 
     def _make_directory(self, inputs: dict[str, str]) -> None:
         """Raises StageFSError, OSError."""
         elsewhere = self._elsewhere()
         os.makedirs(os.path.dirname(self._sandbox), exist_ok=True)
-        self._place.client.sandbox_create(
-            self._name, Manifest(inputs={} if elsewhere else inputs), worker_pid=os.getpid()
-        )
+        # Without a worker: what a unit leaves is its user's, and the next mount keeps it.
+        self._place.client.sandbox_create(self._name, Manifest(inputs={} if elsewhere else inputs))
         if elsewhere:
             self.directory = elsewhere
             for name, source in inputs.items():

@@ -149,8 +149,9 @@ def shared(url: str, unread: str) -> dict[str, Any]:
     return {"units": [told(unit) for unit in units], "data": told(data), "out": told(out)}
 
 
-def bucket(service_url: str, key: str, secret: str, wrong_url: str) -> dict[str, Any]:
+def bucket(service_url: str, wrong_url: str) -> dict[str, Any]:
     """A pilot data in a bucket, whose keys are known to nobody else."""
+    key, secret = environment()["PD_KEY"], environment()["PD_SECRET"]
     flow = Flow()
     keys = {"access_key_id": key, "secret_access_key": secret, "region": "default"}
     pilot = flow.datas.create_pilot({"service_url": service_url, **keys})
@@ -433,6 +434,7 @@ def begin(service_url: str) -> dict[str, Any]:
         "service": flow.datas.get_url(),
         "compute": flow.pilots[0].get_url(),
         "unit": unit.get_url(),
+        "directory": unit.get_local_working_directory(),
     }
 
 
