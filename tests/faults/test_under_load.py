@@ -34,7 +34,11 @@ OBJECTS = 400
 OBJECT_BYTES = 3 * MIB
 # A chunk takes an eighth of a second: each daemon lives long enough to bring some.
 FETCH_BYTES_PER_S = 8 * MIB
-SETTINGS = "[stage_out]\nsettle_s = 0.05\nbackoff_s = 0.1\nbackoff_s_max = 0.5\n"
+SETTINGS = (
+    "[stage_out]\nsettle_s = 0.05\nbackoff_s = 0.1\nbackoff_s_max = 0.5\n"
+    # Each daemon logs in to the ssh server anew, on a machine that is busy on purpose.
+    "[read]\nanswer_deadline_s = 60\n"
+)
 # Bounds that tell a hang from a pause; how long the pauses are is a figure.
 SETTLED_S = 300.0
 
@@ -317,7 +321,12 @@ def test_killed_again_and_again_under_load(
             if long:
                 stopped = hit_at_work(mount, load, signal.SIGSTOP)["pid"]
                 line = f"daemon {stopped} has answered nothing"
-                wait_until(lambda: line in supervisor_log(mount), line, deadline_s=60)
+                wait_until(
+                    lambda: line in supervisor_log(mount),
+                    line,
+                    deadline_s=120,
+                    told=lambda: supervisor_log(mount)[-2000:],
+                )
             said = load.end()
         finally:
             load.kill()
