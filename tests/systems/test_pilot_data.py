@@ -458,6 +458,8 @@ def test_units_are_added_to_copied_exported_and_cancelled(flow: Flow) -> None:
     # Nothing near is no place for units with hard affinity.
     assert found["suits"]["state"] == "Done", found["suits"]["reason"]
     assert found["not_yet"] == "New"
+    # What waits for a server that is away can be given up.
+    assert found["stuck"] == ["Pending", "Canceled", "Canceled"]
     assert found["waits"]["state"] == "Canceled"
     assert "is Canceled and takes no data unit" in found["ended"]
     assert "was cancelled and takes no unit" in found["late"]

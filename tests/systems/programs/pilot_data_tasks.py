@@ -482,6 +482,11 @@ def kept(directory: str) -> dict[str, Any]:
     elsewhere = refused(lambda: second.copy_du(DataUnit(), first))
     data.cancel()
     cancelled = flow.run("true", input_data=[data.get_url()])
+    away = flow.datas.create_pilot({"service_url": "ssh://127.0.0.1:9/nobody"})
+    stuck = away.submit_data_unit({"file_urls": [os.path.abspath("more.txt")]})
+    for_ever = flow.pilots[0].submit_compute_unit(
+        {"executable": "true", "input_data": [stuck.get_url()]}
+    )
     hard = ComputeDataService(hard_affinity=True)
     hard.add_pilot_compute_service(flow.computes)
     suits = hard.submit_compute_unit({"executable": "true", **HERE})
@@ -490,8 +495,12 @@ def kept(directory: str) -> dict[str, Any]:
     flow.service.wait()
     not_yet = waits.get_state()
     hard.cancel()
+    pending = stuck.get_state()
     flow.end()
+    stuck.cancel()
+    stuck.wait(60)
     return {
+        "stuck": [pending, for_ever.get_state(), stuck.get_state()],
         "files": {name: len(one["pilot_data"]) for name, one in data.list().items()},
         "absent": absent,
         "elsewhere": elsewhere,
