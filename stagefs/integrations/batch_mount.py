@@ -292,6 +292,17 @@ class JobMount:
         if self._cache is not None:
             self._remove_old_caches()
 
+    def commit_orphans(self) -> None:
+        """Outputs of earlier jobs whose epilogs were not done in time are queued, too."""
+        with self._alone():
+            registered = self._living_jobs()
+        with self._owner.acting(), contextlib.suppress(Refused):
+            for sandbox in list(self.client.sandbox_list()):
+                job = sandbox.name.removeprefix(JOB_PREFIX).removesuffix(STREAMS_SUFFIX)
+                is_active = sandbox.state is SandboxState.ACTIVE
+                if sandbox.name.startswith(JOB_PREFIX) and job not in registered and is_active:
+                    self.client.sandbox_commit(sandbox.name)
+
     def _living_jobs(self) -> set[str]:
         """Those registered; jobs that ended without an epilog are not any more."""
         living = set()

@@ -108,6 +108,7 @@ class JobStaging:
             if self.mount.has_sandbox(name):
                 with self._owner.acting():
                     commits.add(self.mount.client.sandbox_commit(name).id)
+        self.mount.commit_orphans()
         until_s = time.monotonic() + (self._ends_s - time.monotonic()) * FLUSH_SHARE
         slice_s = FLUSH_SLICE_S
         while True:

@@ -114,8 +114,8 @@ class Cluster:
         assert not self.machine.programs("stagefs.daemon")
         run = Path(f"/proc/{self.machine.pid}/root/run/stagefs")
         assert not run.exists() or [path.name for path in run.iterdir()] == []
-        assert self.states() == []
-        assert not list(self.home.glob("stagefs-*.err"))
+        told = [path.read_text() for path in self.home.glob("stagefs-*.err")]
+        assert (self.states(), told) == ([], [])
         assert not list((self.machine.directory / "buffers").iterdir())
 
 
@@ -155,7 +155,7 @@ def settings(top: Path, sshd: Sshd) -> Path:
         f'[state]\nbase = "{top}/state"\n'
         f'[remote.ssh]\nconfig = "{sshd.ssh_config}"\nattempts = 1\n'
         "connect_timeout_s = 2\n"
-        "[stage_out]\ndrain_s = 1\nattempts = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 8\n"
+        "[stage_out]\ndrain_s = 1\nattempts = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 15\n"
         f'[path_map]\n"*:/data" = "{sshd.url_of(top / "data")}"\n'
     )
     return path
