@@ -194,7 +194,12 @@ class Load:
     def check_all_at_work(self) -> None:
         ended = {name: task for name, task in self._tasks.items() if task.poll() is not None}
         told = {name: task.communicate()[1].decode() for name, task in ended.items()}
-        assert not told, f"tasks that ended under it: {told}"
+        assert not told, f"tasks that ended under it: {told}; {self._words_of_the_daemon()}"
+
+    def _words_of_the_daemon(self) -> str:
+        log = (self._mount.state / "stagefs.log").read_text()
+        errors = [line for line in log.splitlines() if " INFO " not in line]
+        return "\n".join(errors[-30:])
 
     def end(self) -> dict[str, str]:
         self.stop.touch()
