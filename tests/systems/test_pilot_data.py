@@ -345,6 +345,8 @@ def test_refusals(flow: Flow, nginx: Nginx) -> None:
     found = flow.ask("refusals", nginx.url(""))
     assert found["scheme"] == "No File Plugin found."
     assert "'service_url'" in found["nothing"]
+    assert "s3://one-name/x and walrus://127.0.0.1:9/one-name are buckets" in found["bucket"]
+    assert found["same"] == ""
     assert "pbs://host is no fork:// URL" in found["compute"]
     assert "which is not set here" in found["unset"]
     assert "which is only read" in found["reading"]

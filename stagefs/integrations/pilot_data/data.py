@@ -27,7 +27,7 @@ from stagefs.integrations.pilot_data.records import (
     new_id,
     place_for,
 )
-from stagefs.integrations.pilot_data.stores import SECRETS, store_of
+from stagefs.integrations.pilot_data.stores import SECRETS, Store, store_of
 from stagefs.integrations.pilot_data.values import (
     FINAL,
     MEGABYTE,
@@ -38,6 +38,7 @@ from stagefs.integrations.pilot_data.values import (
     checked,
 )
 from stagefs.remote.access import Access
+from stagefs.remote.url import parse, shown
 
 
 class PilotDataService:
@@ -120,12 +121,28 @@ class PilotData:
             size_bytes = None if size is None else int(float(size) * MEGABYTE)
         except (TypeError, ValueError):
             raise PilotError(f"size is {size!r}: write it in megabytes.") from None
+        self._refuse_other_service(store, str(description["service_url"]))
         if store.access != Access():
             told(store.base, lambda: self._place.client.remote_access(store.base, store.access))
         kept = {key: value for key, value in description.items() if key not in SECRETS}
         record = PilotDataRecord(new_id("pd"), kept, store.base, size_bytes)
         self._place.write(record)
         return record
+
+    def _refuse_other_service(self, store: Store, service_url: str) -> None:
+        """A bucket's name leads to one endpoint in a mount.  Raises PilotError."""
+        host = parse(store.base).host_url
+        if not host.startswith("s3:"):
+            return
+        for other in self._place.pilot_datas():
+            is_used = other.state == State.Running or bool(other.data_units)
+            if not is_used or parse(other.base).host_url != host:
+                continue
+            if store_of(other.description, environment()).access.endpoint != store.access.endpoint:
+                raise PilotError(
+                    f"{shown(service_url)} and {shown(other.service_url)} are buckets of one name"
+                    " at two services, which one mount does not tell apart: use a mount for each."
+                )
 
     def __repr__(self) -> str:
         return self.service_url

@@ -236,6 +236,13 @@ class Place:
         except OSError as exc:
             raise self._lost(exc) from exc
 
+    def pilot_datas(self) -> Iterator[PilotDataRecord]:
+        """All that this mount knows."""
+        for name in sorted(os.listdir(self._directory)):
+            identity, dot, kind = name.partition(".")
+            if identity.startswith("pd-") and (dot, kind) == (".", "json"):
+                yield self.read(PilotDataRecord, identity)
+
     def write(self, record: _Record) -> None:
         """Raises PilotError."""
         path = f"{self._directory}/{record.id}.json"

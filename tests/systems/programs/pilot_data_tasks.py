@@ -271,7 +271,12 @@ def refusals(http_url: str) -> dict[str, Any]:
     big = os.path.abspath("big.txt")
     description = {"file_urls": [big]}
     text = os.path.abspath("test.txt")
+    flow.datas.create_pilot({"service_url": "walrus://127.0.0.1:9/one-name"})
     found = {
+        "bucket": refused(lambda: flow.datas.create_pilot({"service_url": "s3://one-name/x"})),
+        "same": refused(
+            lambda: flow.datas.create_pilot({"service_url": "walrus://127.0.0.1:9/one-name/x"})
+        ),
         "scheme": refused(lambda: flow.datas.create_pilot({"service_url": "go://host/x"})),
         "nothing": refused(lambda: flow.datas.create_pilot({})),
         "compute": refused(lambda: flow.computes.create_pilot({"service_url": "pbs://host"})),
