@@ -127,7 +127,7 @@ def _partial(url: str, headers: Headers, span: Span) -> ObjectInfo:
         )
     length = content_length(headers)
     if length is not None and length != last - first + 1:
-        raise RemoteError(
+        raise RemoteUnavailable(
             f"The server of {url} contradicts itself: Content-Range {text[:80]!r}, "
             f"Content-Length {length}."
         )

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
 from typing import Any
 
 import msgspec
@@ -60,6 +61,40 @@ def serve(call: Call[Any]) -> None:
     _serving.call = call
 
 
+class _HeaderLines:
+    """The stream of an answer while its header is read.  ``is_cut``: it ended within a line, or
+    where one was wanted."""
+
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream = stream
+        self.is_cut = False
+
+    def readline(self, limit: int = -1) -> bytes:
+        line = self._stream.readline(limit)
+        self.is_cut = self.is_cut or not line.endswith(b"\n")
+        return line
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """http.client takes the end of the stream for the end of the header, and would believe half of
+    a number or of an ETag."""
+
+    def begin(self) -> None:
+        stream: Any = self.fp
+        lines: Any = _HeaderLines(stream)
+        self.fp = lines
+        try:
+            super().begin()
+        finally:
+            if self.fp is lines:
+                self.fp = stream
+        if lines.is_cut:
+            raise http.client.HTTPException("the header of the answer was cut")
+
+
 class _WakeableConnection(urllib3.connection.HTTPConnection):
     """A connection that the call which uses it can shut from the trio thread."""
 
@@ -68,7 +103,7 @@ class _WakeableConnection(urllib3.connection.HTTPConnection):
     answer: http.client.HTTPResponse | None = None
 
     def response_class(self, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:  # type: ignore[override]  # noqa: ANN401 - as http.client calls it
-        self.answer = http.client.HTTPResponse(*args, **kwargs)
+        self.answer = _Answer(*args, **kwargs)
         return self.answer
 
     def connect(self) -> None:

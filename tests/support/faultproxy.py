@@ -12,10 +12,12 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["cut", "reset", "stall", "flip"]
+Kind: TypeAlias = Literal["cut", "reset", "stall", "flip", "trickle"]
 BUFFER_BYTES = 256 << 10
+TRICKLE_S = 0.05
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ class FaultProxy:
         self._connections = 0
         self._struck = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._fillers: list[socket.socket] = []
         self._listener = self._listen(0)
         self.port: int = self._listener.getsockname()[1]
 
@@ -74,6 +77,10 @@ class FaultProxy:
     @property
     def connections(self) -> int:
         return self._connections
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._links)
 
     def wait_for_hit(self, deadline_s: float = 20.0) -> None:
         assert self._struck.wait(deadline_s), "the fault did not strike"
@@ -96,6 +103,10 @@ class FaultProxy:
         """Turn one bit over."""
         self._arm("flip", after_bytes, times, upwards)
 
+    def trickle(self, *, after_bytes: int, times: int = 1, upwards: bool = False) -> None:
+        """A byte now and then, until ``release``."""
+        self._arm("trickle", after_bytes, times, upwards)
+
     def release(self) -> None:
         """Let stalled connections go on, and disarm."""
         with self._lock:
@@ -106,17 +117,49 @@ class FaultProxy:
         """New connections are refused, running ones go on."""
         _hang_up(self._listener)
 
+    def swallow(self) -> None:
+        """New connections get no answer at all, not even that they are refused."""
+        self.refuse()
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind(("127.0.0.1", self.port))
+        self._listener.listen(0)
+        # A full queue makes the kernel drop what asks for a connection.
+        for _ in range(2):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", self.port))
+            self._fillers.append(client)
+
+    def unanswered(self) -> int:
+        """How many ask for a connection now and get no answer, those of ``swallow`` left out."""
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        wanted = f":{self.port:04X}"
+        fields = [line.split() for line in lines]
+        asking = sum(one[2].endswith(wanted) and one[3] == "02" for one in fields)
+        return asking - (len(self._fillers) - 1 if self._fillers else 0)
+
+    def hang_up(self) -> None:
+        """End every connection, as a server does that ends."""
+        with self._lock:
+            links = list(self._links)
+        for link in links:
+            link.close()
+
     def accept_again(self) -> None:
+        _hang_up(self._listener)
+        for client in self._fillers:
+            client.close()
+        self._fillers.clear()
         self._listener = self._listen(self.port)
 
     def stop(self) -> None:
         self._stopped = True
         self.release()
         _hang_up(self._listener)
-        with self._lock:
-            links = list(self._links)
-        for link in links:
-            link.close()
+        for client in self._fillers:
+            client.close()
+        self.hang_up()
         for thread in self._threads:
             thread.join(10)
             assert not thread.is_alive(), "a thread of the proxy did not end"
@@ -162,12 +205,14 @@ class FaultProxy:
                 self._start(self._pump_down, link)
 
     def _pump_up(self, link: _Link) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := link.client.recv(BUFFER_BYTES):
                 if not self._pass(link, data, upwards=True):
                     link.close()
                     return
             link.server.shutdown(socket.SHUT_WR)
+        except OSError:
+            link.close()
 
     def _pump_down(self, link: _Link) -> None:
         with contextlib.suppress(OSError):
@@ -193,6 +238,12 @@ class FaultProxy:
             return True
         self._send(link, data[:place], upwards)
         self._struck.set()
+        if kind == "trickle":
+            while place < len(data) and not released.wait(TRICKLE_S):
+                self._send(link, data[place : place + 1], upwards)
+                place += 1
+            self._send(link, data[place:], upwards)
+            return not self._stopped
         if kind == "stall":
             released.wait()
             self._send(link, data[place:], upwards)

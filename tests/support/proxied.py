@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.support.faultproxy import FaultProxy, fault_proxy
 from tests.support.identity import Identity
+from tests.support.lying_proxy import LyingProxy, lying_proxy
 from tests.support.mounted import Mounted
 from tests.support.nginx import running_nginx
 from tests.support.served import HttpServed, Served, SharedGateway, SshServed, serving_s3
@@ -16,10 +17,18 @@ class Proxied:
     """A server, and the proxy that all of a mount's connections to it go through."""
 
     def __init__(
-        self, served: Served, proxy: FaultProxy, *, port: int, sshd: Sshd | None = None
+        self,
+        served: Served,
+        proxy: FaultProxy,
+        *,
+        port: int,
+        sshd: Sshd | None = None,
+        liar: LyingProxy | None = None,
     ) -> None:
+        """``liar`` is between the two, where the protocol is HTTP."""
         self.served = served
         self.proxy = proxy
+        self.liar = liar
         self.sshd = sshd
         self.scheme = served.scheme
         self._ports = f":{port}", f":{proxy.port}"
@@ -58,7 +67,8 @@ def proxied(scheme: str, top: Path, gateway: SharedGateway) -> Iterator[Proxied]
         else:
             s3 = stack.enter_context(serving_s3(top, gateway))
             served, port = s3, s3.port
-        proxy = stack.enter_context(fault_proxy(port))
+        liar = stack.enter_context(lying_proxy(port)) if sshd is None else None
+        proxy = stack.enter_context(fault_proxy(port if liar is None else liar.port))
         if sshd is not None:
             sshd.trust_port(proxy.port)
-        yield Proxied(served, proxy, port=port, sshd=sshd)
+        yield Proxied(served, proxy, port=port, sshd=sshd, liar=liar)
