@@ -64,6 +64,8 @@ mkdir -p .venvs
   prepare fsspec fsspec==2026.9.0 pandas==3.1.1 dask==2026.8.0 'dask[dataframe,distributed]' \
     zarr==3.1.6
   prepare pyopus 'numpy<2'
+  prepare snakemake snakemake==9.27.1 snakemake-interface-storage-plugins==4.4.1 \
+    --editable ./tools/snakemake
   prepare grid-engine drmaa==0.7.9
   prepare_bare_machine
 ) 9<tools/test_systems.sh

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -78,7 +78,11 @@ async def _run(request: CopyRequest, settings: Settings, umask: int) -> int:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, ended)
-            failure = await _copied(Copy(request, remotes, mount, umask=umask, say=_say))
+            if request.removes:
+                work = remotes.for_url(request.target.url).delete(request.target.url)
+            else:
+                work = Copy(request, remotes, mount, umask=umask, say=_say).run()
+            failure = await _done(work)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
@@ -92,9 +96,9 @@ async def _run(request: CopyRequest, settings: Settings, umask: int) -> int:
     return 0
 
 
-async def _copied(copy: Copy) -> StageFSError | None:
+async def _done(work: Awaitable[None]) -> StageFSError | None:
     try:
-        await copy.run()
+        await work
     except StageFSError as error:
         return error
     return None

@@ -14,7 +14,8 @@ import click
 
 from stagefs.config import environment, load_settings
 from stagefs.control.mounts import choose_mount, staging_mounts
-from stagefs.copying.request import CopyRequest, handed_over
+from stagefs.copying.request import CopyRequest, handed_over, variables
+from stagefs.copying.request import words as words_of
 from stagefs.errors import InvalidName, NoDaemon
 from stagefs.integrations.batch_requests import PathMap
 from stagefs.integrations.copy_words import Reading, concerns_login, ssh_lines
@@ -106,10 +107,7 @@ def copy(
     )
     fd = handed_over(request)
     sys.stdout.flush()
-    # Safe path: nothing in the directory that a job happens to be in is imported.
-    variables = {**environment(), "PYTHONSAFEPATH": "1"}
-    words_of_copying = [sys.executable, "-m", "stagefs.copying", "--request-fd", str(fd)]
-    os.execve(sys.executable, words_of_copying, variables)  # noqa: S606 - no shell is meant
+    os.execve(sys.executable, words_of(fd), variables())  # noqa: S606 - no shell is meant
 
 
 def _mountpoint(named: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The programs that docs/RADICAL-PILOT.md and docs/PARSL.md show, as they are printed there."""
+"""The programs that pages of docs/ show, as they are printed there."""
 
 import hashlib
 import re
@@ -65,3 +65,19 @@ def test_parsl(run_page: RunPage, mount: Mounted, nginx: Nginx) -> None:
     assert [line.split()[0] for line in printed[1:5]] == [DIGEST] * 4
     assert mount.run("ls", "MNT/staging/digests").stdout.split() == [b"0", b"1", b"2", b"3", b"all"]
     assert [asked.method for asked in nginx.asked()].count("GET") == 1
+
+
+def test_snakemake(mount: Mounted, nginx: Nginx, work: Path) -> None:
+    page = (CHECKOUT / "docs/SNAKEMAKE.md").read_text()
+    (workflow,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "/tmp/pilot" in workflow
+    assert "https://host/input.dat" in workflow
+    workflow = workflow.replace("/tmp/pilot", str(mount.point))
+    workflow = workflow.replace("https://host/input.dat", nginx.url("input.dat"))
+    snakemake = installed("snakemake", mount.identity, work)
+    (snakemake.directory / "Snakefile").write_text(workflow)
+    snakemake.run("snakemake", "--cores", "4")
+    lines = mount.read("staging/digests/all").decode().splitlines()
+    assert [line.split()[0] for line in lines] == [DIGEST] * 4
+    assert [asked.method for asked in nginx.asked()].count("GET") == 1
+    snakemake.wait_for_its_end()

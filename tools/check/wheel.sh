@@ -34,3 +34,11 @@ if strangers or missing:
     sys.exit(f"The wheel holds strangers {strangers} at its top and lacks {missing}; mend [tool.hatch.build.targets.wheel].")
 print(f"wheel: {len(names)} files, all expected")
 PYTHON
+
+# The Snakemake plug-in is a distribution of its own.
+mkdir "$out/snakemake"
+.venv/bin/python -m build --wheel --outdir "$out/snakemake" tools/snakemake >"$out/build.log" 2>&1 || {
+  cat "$out/build.log" >&2
+  exit 1
+}
+.venv/bin/check-wheel-contents --package tools/snakemake/snakemake_storage_plugin_stagefs "$out"/snakemake/*.whl
