@@ -174,7 +174,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Certificates to trust in place of the system's."""
     netrc: bool = True
     token_file: str | None = None
-    """A bearer token.  Also BEARER_TOKEN_FILE."""
+    """A bearer token.  None: where the WLCG's token discovery finds one (see http_access)."""
     token_hosts: str | None = None
     """Hosts and domains, separated by commas, that get the token, over https only."""
     connect_timeout_s: Seconds | None = None

@@ -56,6 +56,7 @@ INDEX_BYTES_MAX = 64 << 20
 LIST_PAGE_NAMES = 1000
 # Statuses of a HEAD that do not speak for a GET: signed URLs allow one method only, and some
 # servers know no HEAD.
+UNAUTHORIZED = frozenset({401, 403})
 HEAD_REFUSED = frozenset({400, 403, 405, 406, 501})
 
 
@@ -310,7 +311,15 @@ class HttpRemote:
     ) -> urllib3.BaseHTTPResponse:
         own = authorization(self._settings, target) if target.host_url == first.host_url else {}
         bare = msgspec.structs.replace(target, user=None, password=None)
-        return self._client.send(call, method, str(bare), {**headers, **own}, body)
+        response = self._client.send(call, method, str(bare), {**headers, **own}, body)
+        if response.status not in UNAUTHORIZED or not isinstance(body, bytes | None):
+            return response
+        # They may have been renewed while this was on its way.
+        renewed = authorization(self._settings, target) if own else own
+        if renewed == own:
+            return response
+        response.close()
+        return self._client.send(call, method, str(bare), {**headers, **renewed}, body)
 
     def _remember(self, url: str, target: RemoteUrl) -> None:
         if len(self._moved) >= MOVED_MAX:

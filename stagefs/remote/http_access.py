@@ -1,13 +1,16 @@
 """Who a web server is told we are, and the way to it: logins, tokens, proxies, certificates.
 
-Where credentials come from, first found first taken: the URL itself; the bearer token of
-``[remote.http] token_file`` or BEARER_TOKEN_FILE, for the hosts in ``token_hosts`` and over https
-only; netrc.  Files are read again for each request, because pilots renew them in place.
-No message holds what was read.
+Where credentials come from, first found first taken: the URL itself; a bearer token, for the hosts
+in ``token_hosts`` and over https only; netrc.  The token is that of ``[remote.http] token_file``,
+else it is looked for as the WLCG's "Bearer Token Discovery" says: BEARER_TOKEN,
+BEARER_TOKEN_FILE, ``$XDG_RUNTIME_DIR/bt_u$UID``, ``/tmp/bt_u$UID``.  Files are read again for each
+request, because pilots renew them in place.  No message holds what was read.
 """
 
 import netrc
+import os
 import ssl
+import stat
 from pathlib import Path
 
 import urllib3
@@ -15,6 +18,8 @@ import urllib3
 from stagefs.errors import AccessDenied, RemoteError
 from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.url import RemoteUrl
+
+USUAL_DIRECTORY = "/tmp"  # noqa: S108 - the convention's, and only files of our own are read
 
 
 def authorization(settings: RemoteSettings, target: RemoteUrl) -> dict[str, str]:
@@ -71,7 +76,12 @@ def trusting(ca_file: str, setting: str = "[remote.http] ca_file") -> ssl.SSLCon
 def _bearer_token(settings: RemoteSettings, target: RemoteUrl) -> str | None:
     if target.scheme != "https" or not names_host(settings.http.token_hosts or "", target.host):
         return None
-    path = settings.http.token_file or settings.environment.get("BEARER_TOKEN_FILE")
+    path = settings.http.token_file
+    if path is None:
+        token = settings.environment.get("BEARER_TOKEN")
+        if token is not None:
+            return _whole_token(token.strip(), "variable BEARER_TOKEN", target.host)
+        path = settings.environment.get("BEARER_TOKEN_FILE") or _usual_token_file(settings)
     if path is None:
         return None
     try:
@@ -81,9 +91,27 @@ def _bearer_token(settings: RemoteSettings, target: RemoteUrl) -> str | None:
             f"The token for {target.host} in {path} cannot be read: renew it, or mend "
             "[remote.http] token_file."
         ) from exc
-    if not token or not token.isprintable():
-        raise AccessDenied(f"The file {path} holds no token for {target.host}: renew it.")
+    return _whole_token(token, f"file {path}", target.host)
+
+
+def _whole_token(token: str, place: str, host: str) -> str:
+    if not token or not token.isprintable() or not token.isascii():
+        raise AccessDenied(f"The {place} holds no token for {host}: renew it.")
     return token
+
+
+def _usual_token_file(settings: RemoteSettings) -> str | None:
+    """Where tokens lie by custom.  In /tmp anybody can make a file: only one's own counts."""
+    runtime = settings.environment.get("XDG_RUNTIME_DIR")
+    for directory in (runtime, USUAL_DIRECTORY):
+        path = Path(directory or "/nonexistent") / f"bt_u{os.geteuid()}"
+        try:
+            found = path.lstat()
+        except OSError:
+            continue
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            return str(path)
+    return None
 
 
 def _netrc_login(settings: RemoteSettings, host: str) -> tuple[str, str] | None:

@@ -65,7 +65,9 @@ ENVIRONMENT_NAMES = frozenset(
         "ALL_PROXY",
         "all_proxy",
         "NETRC",
+        "BEARER_TOKEN",
         "BEARER_TOKEN_FILE",
+        "XDG_RUNTIME_DIR",
         "SSL_CERT_FILE",
     }
 )

@@ -104,6 +104,8 @@ class StoreRemote:
         # Without keys there is nothing to sign with.
         self._signs = not settings.s3.anonymous
         self._made: Store | None = None
+        # Of the profile, when its keys were last looked at because of a refusal.
+        self._keys_seen: aws.Keys | None = None
         self._making = threading.Lock()
 
     async def stat(self, url: str) -> ObjectInfo:
@@ -283,10 +285,41 @@ class StoreRemote:
         return _new_store(self._host_url, self._settings, self._credentials)
 
     def _head(self, url: str) -> ObjectInfo:
+        try:
+            return self._head_once(url)
+        except AccessDenied:
+            if not self._renewed():
+                raise
+        return self._head_once(url)
+
+    def _head_once(self, url: str) -> ObjectInfo:
         with translated(url):
             return described_meta(url, obstore.head(self._store(), key_of(url)))
 
+    def _renewed(self) -> bool:
+        """After a refusal: whether the profile has other keys by now, which are taken then."""
+        try:
+            keys = aws.read_profile(self._settings).keys
+        except AccessDenied:
+            return False
+        with self._making:
+            if keys is None or keys == self._keys_seen:
+                return False
+            self._keys_seen, self._made, self._writer = keys, None, None
+            self._signs = True
+        return True
+
     def _fetch(
+        self, call: SinkCall[ObjectInfo], url: str, span: Span, validator: str | None
+    ) -> ObjectInfo:
+        try:
+            return self._fetch_once(call, url, span, validator)
+        except AccessDenied:
+            if not self._renewed():
+                raise
+        return self._fetch_once(call, url, span, validator)
+
+    def _fetch_once(
         self, call: SinkCall[ObjectInfo], url: str, span: Span, validator: str | None
     ) -> ObjectInfo:
         if not span.length:

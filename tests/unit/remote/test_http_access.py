@@ -1,10 +1,12 @@
 import base64
+import os
 from pathlib import Path
 
 import pytest
 
 from stagefs.config import HttpSettings
 from stagefs.errors import AccessDenied, RemoteError
+from stagefs.remote import http_access
 from stagefs.remote.http_access import authorization, names_host, proxy_of, trusting
 from stagefs.remote.settings import Environment, RemoteSettings
 from stagefs.remote.url import parse
@@ -59,6 +61,37 @@ def test_token_file_of_the_environment(tmp_path: Path) -> None:
     assert sent(settings, "https://h/x") == "Bearer first"
     path.write_text("renewed")
     assert sent(settings, "https://h/x") == "Bearer renewed"
+
+
+def test_tokens_are_found_where_they_lie_by_custom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"bt_u{os.geteuid()}"
+    last = tmp_path / "tmp"
+    runtime = tmp_path / "run"
+    for directory in (last, runtime):
+        directory.mkdir()
+    monkeypatch.setattr(http_access, "USUAL_DIRECTORY", str(last))
+
+    def token(**variables: str) -> str:
+        environment = Environment({"XDG_RUNTIME_DIR": str(runtime), **variables})
+        settings = RemoteSettings(environment=environment, http=HttpSettings(token_hosts="h"))
+        return sent(settings, "https://h/x")
+
+    assert token() == ""
+    (last / name).symlink_to("/etc/hostname")
+    assert token() == "", "a link that anybody may have made was followed"
+    (last / name).unlink()
+    (last / name).write_text("in-tmp\n")
+    assert token() == "Bearer in-tmp"
+    (runtime / name).write_text("in-runtime\n")
+    assert token() == "Bearer in-runtime"
+    (tmp_path / "file").write_text("named")
+    assert token(BEARER_TOKEN_FILE=str(tmp_path / "file")) == "Bearer named"
+    assert token(BEARER_TOKEN_FILE=str(tmp_path / "file"), BEARER_TOKEN="set") == "Bearer set"
+    with pytest.raises(AccessDenied, match="BEARER_TOKEN holds no token") as caught:
+        token(BEARER_TOKEN="s3cret\nline")
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"two\nlines", b"\xff"])

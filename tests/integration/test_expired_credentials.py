@@ -1,0 +1,105 @@
+"""Credentials that expire and are replaced while the mount lives, and that show nowhere."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.identity import Identity
+from tests.support.mounted import Mounted
+from tests.support.nginx import PASSWORD, USER, running_nginx
+from tests.support.served import HttpServed, SharedGateway, serving_s3
+from tests.support.waiting import wait_until
+
+MakeMount = Callable[..., Mounted]
+OLD_SECRET = "0ld-and-expired"
+
+
+def private_file(mount: Mounted, name: str, text: str) -> Path:
+    """Replaced in one step, as those do that renew credentials."""
+    path = mount.point.parent / name
+    fresh = path.with_name("fresh")
+    fresh.write_text(text)
+    fresh.chmod(0o600)
+    os.chown(fresh, mount.identity.uid, mount.identity.gid)
+    return fresh.rename(path)
+
+
+def refusal(mount: Mounted, path: str) -> str:
+    """What a task is told, and then what the user is told."""
+    done = mount.run("cat", f"MNT/{path}", check=False)
+    assert b"Permission denied" in done.stderr
+    return mount.xattr(path, "error")
+
+
+def read_again(mount: Mounted, path: str, data: bytes) -> None:
+    """What was refused stays so for ``failure_hold_s``."""
+    wait_until(lambda: mount.run("cat", f"MNT/{path}", check=False).stdout == data, f"{path}")
+
+
+def shows_no_secret(mount: Mounted, *secrets: str, paths: tuple[str, ...]) -> None:
+    """Errors of reads are in the log and the attributes; the API is what the commands show."""
+    assert mount.programs()
+    places = {
+        "ps": "\n".join(" ".join(one.command) for one in mount.programs()).encode(),
+        "status": mount.read(".stagefs/status") + mount.read(".stagefs/config"),
+        "remote list": mount.stagefs("remote", "list", "--json").stdout,
+        "metrics": mount.stagefs("metrics").stdout,
+        "log": b"".join(path.read_bytes() for path in mount.state.glob("*.log")),
+        "namespace": b"".join(path.read_bytes() for path in mount.state.glob("namespace.sqlite*")),
+        "xattrs": b"".join(
+            mount.run("getfattr", "-d", "-m", "-", f"MNT/{path}").stdout for path in paths
+        ),
+    }
+    for place, text in places.items():
+        for secret in secrets:
+            assert secret.encode() not in text, f"a secret shows in {place}"
+
+
+def test_a_password_of_netrc_is_replaced(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path
+) -> None:
+    with running_nginx(served_directory) as nginx:
+        web = HttpServed(nginx)
+        mount = new_mount(anybody, mounted=False)
+        line = f"machine 127.0.0.1 login {USER} password "
+        netrc = private_file(mount, "netrc", line + PASSWORD)
+        mount.environment = {"NETRC": str(netrc)}
+        mount.mount("--set", "read.failure_hold_s=0.2")
+        for name in ("a", "b"):
+            web.put(name, name.encode() * 100_000)
+            mount.stage_in(web.private_url(name), name)
+        assert mount.read("staging/a") == b"a" * 100_000
+        private_file(mount, "netrc", line + OLD_SECRET)
+        assert web.private_url("b") in refusal(mount, "staging/b")
+        private_file(mount, "netrc", line + PASSWORD)
+        read_again(mount, "staging/b", b"b" * 100_000)
+        shows_no_secret(mount, PASSWORD, OLD_SECRET, paths=("staging/a", "staging/b"))
+
+
+def test_keys_of_a_profile_are_replaced(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path, gateway: SharedGateway
+) -> None:
+    with serving_s3(served_directory, gateway) as s3:
+        environment = dict(s3.environment(anybody))
+        key, secret = (
+            environment.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
+        mount = new_mount(anybody, mounted=False)
+
+        def profile(secret: str) -> Path:
+            lines = ["[default]", f"aws_access_key_id={key}", f"aws_secret_access_key={secret}"]
+            return private_file(mount, "credentials", "\n".join(lines))
+
+        mount.environment = {**environment, "AWS_SHARED_CREDENTIALS_FILE": str(profile(secret))}
+        mount.mount("--set", "read.failure_hold_s=0.2")
+        for name in ("a", "b"):
+            mount.stage_in(s3.put(name, name.encode() * 100_000), name)
+        mount.umount()
+        profile(OLD_SECRET)
+        mount.mount("--set", "read.failure_hold_s=0.2")
+        assert s3.url("a") in refusal(mount, "staging/a")
+        profile(secret)
+        # At once, and not when the keys that were read have become old.
+        read_again(mount, "staging/a", b"a" * 100_000)
+        assert mount.read("staging/b") == b"b" * 100_000
+        shows_no_secret(mount, secret, OLD_SECRET, paths=("staging/a", "staging/b"))
