@@ -42,6 +42,7 @@ def test_every_command_is_there_and_helps() -> None:
             "replica",
             "prolog",
             "epilog",
+            "copy",
             "run",
             "sandbox",
             "metrics",
@@ -55,6 +56,14 @@ def test_commands_about_a_mount_take_the_same_options(name: str) -> None:
     text = CliRunner().invoke(stagefs, [name, "--help"]).output
     assert "--mount MNT" in text
     assert "--json" in text
+
+
+def test_copy_takes_the_words_of_scp() -> None:
+    """It prints nothing, so it has no --json; the mount is named as elsewhere."""
+    text = CliRunner().invoke(stagefs, ["copy", "--help"]).output
+    assert "--mount MNT" in text
+    for letter in "rpPvFioJcS46CBqAORsT3lXD":
+        assert f"-{letter}" in text, letter
 
 
 @pytest.mark.parametrize("name", sorted(stagefs_cache.commands))
