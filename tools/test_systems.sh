@@ -48,8 +48,7 @@ prepare_bare_machine() {
   if [ ! -e $bare/etc/os-release ]; then
     printf 'test-systems: bootstrapping Debian 12 into %s\n' "$bare" >&2
     rm -rf --one-file-system $bare.partial
-    mmdebstrap --quiet --variant=minbase --include=fuse3 bookworm $bare.partial \
-      http://deb.debian.org/debian
+    mmdebstrap --quiet --variant=minbase --include=fuse3 bookworm $bare.partial
     mv -T $bare.partial $bare
   fi
   .venv/bin/python -m relocatable --into .venvs/dist

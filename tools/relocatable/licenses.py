@@ -12,8 +12,8 @@ _LICENSE_WORDS = ("license", "licence", "copying", "notice", "authors")
 _HEAD = """\
 What this tarball holds besides StageFS itself (Apache-2.0, see LICENSE).  The terms of each part
 are below LICENSES: for Debian's packages the copyright file that Debian ships, for Python packages
-the files that their authors ship.  Sources of Debian's packages: https://snapshot.debian.org; of
-the Python packages: https://pypi.org.
+the files that their authors ship.  Debian's archive of snapshots has the sources of its packages,
+the Python Package Index those of the others.
 
 """
 
