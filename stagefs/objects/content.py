@@ -397,11 +397,15 @@ class OpenObject:
     are served from the kernel's page cache and never come here.
     """
 
-    __slots__ = ("ahead", "content", "hoards", "node")
+    __slots__ = ("ahead", "content", "hoards", "node", "reader")
 
-    def __init__(self, node: Node, ahead: ReadAhead, *, hoards: bool = False) -> None:
-        """``hoards``: nobody reads; the object is to be cached."""
+    def __init__(
+        self, node: Node, ahead: ReadAhead, *, hoards: bool = False, reader: int = 0
+    ) -> None:
+        """``hoards``: nobody reads; the object is to be cached.  ``reader``: the thread that
+        opened it, 0 when that is not known."""
         self.node = node
+        self.reader = reader
         self.hoards = hoards
         self.content: Content | None = None
         self.ahead = ahead
@@ -428,4 +432,5 @@ class OpenObject:
         data = content.read_at_once(entry, offset, length)
         if data is not None:
             COURTESY.served += 1
+            COURTESY.reader = self.reader
         return data

@@ -152,14 +152,15 @@ class Objects:
 
     # Open objects
 
-    def open(self, node: Node, *, hoards: bool = False) -> OpenObject:
-        """A handle on the node's object.  Contacts nobody.  ``hoards``: see OpenObject."""
+    def open(self, node: Node, *, hoards: bool = False, reader: int = 0) -> OpenObject:
+        """A handle on the node's object.  Contacts nobody.  ``hoards``, ``reader``: see
+        OpenObject."""
         ahead = ReadAhead(
             size_bytes=node.size_bytes,
             window_bytes_max=self._room.ahead_bytes_max(self._settings.window_bytes_max),
             seek_tolerance_bytes=self._settings.seek_tolerance_bytes,
         )
-        return OpenObject(node, ahead, hoards=hoards)
+        return OpenObject(node, ahead, hoards=hoards, reader=reader)
 
     def release(self, opened: OpenObject) -> None:
         content, opened.content = opened.content, None

@@ -30,6 +30,7 @@ from stagefs.model import ROOT_INODE, Handle, Inode
 from stagefs.namespace.node import IMMUTABLE_CHECKED_NS, ContentKind, Node, NodeKind
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import OpenObject
+from stagefs.objects.courtesy import COURTESY
 from stagefs.objects.objects import Objects
 from stagefs.objects.staged import staged_from
 from stagefs.remote.versions import is_version
@@ -251,7 +252,7 @@ class Vfs:
             opened = self._workspace.opened(inode, handle, writes=False, caller=caller)
         else:
             await self._revalidate_old(node)
-            opened = self._objects.open(node)
+            opened = self._objects.open(node, reader=caller.thread)
             self._learning.used(inode, granted)
         self.open_files[handle] = self._recording.wrapped(handle, opened, node, granted)
         return handle
@@ -382,6 +383,8 @@ class Vfs:
         inode = Inode(handle & INODE_MASK)
         opened = self._opened(handle, inode)
         trusted = isinstance(opened, OpenLocal) and opened.trusted
+        if isinstance(opened, OpenLocal) and opened.gives_way(len(data)):
+            await COURTESY.wait_to_write()
         return await self._workspace.write(inode, offset, data, trusted=trusted)
 
     async def sync(self, handle: Handle, *, data_only: bool) -> None:

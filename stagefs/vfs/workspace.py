@@ -25,6 +25,7 @@ from stagefs.model import ROOT_INODE, Handle, Inode
 from stagefs.namespace.node import STAGING_INODE, ContentKind, Node, NodeKind
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import OpenObject
+from stagefs.objects.courtesy import COURTESY
 from stagefs.objects.objects import Objects
 from stagefs.outputs.local import LocalFiles
 
@@ -78,12 +79,20 @@ class Writers(Protocol):
 class OpenLocal:
     """One open handle on a local file."""
 
-    __slots__ = ("_local", "_namespace", "inode", "trusted")
+    __slots__ = ("_local", "_namespace", "_writer", "inode", "trusted")
 
     def __init__(
-        self, namespace: Namespace, local: LocalFiles, inode: Inode, *, trusted: bool
+        self,
+        namespace: Namespace,
+        local: LocalFiles,
+        inode: Inode,
+        *,
+        trusted: bool,
+        writer: int = 0,
     ) -> None:
-        """``trusted``: root opened it, whose writes leave a program's privileges."""
+        """``trusted``: root opened it, whose writes leave a program's privileges.  ``writer``: the
+        thread that opened it, 0 when that is not known."""
+        self._writer = writer
         self._namespace = namespace
         self._local = local
         self.inode = inode
@@ -93,8 +102,15 @@ class OpenLocal:
         """The bytes, if that needs neither waiting nor the base."""
         return self._local.read_now(self._namespace.node(self.inode), offset, size)
 
+    def gives_way(self, size: int) -> bool:
+        """Whether a write of ``size`` bytes has to wait for those who read."""
+        return COURTESY.comes_before(size, self._writer)
+
     def write_now(self, offset: int, data: bytes) -> int | None:
-        """How much was written, if that needs neither the base nor a change of the node."""
+        """How much was written, if that needs neither the base nor a change of the node, and
+        nobody else comes first."""
+        if self.gives_way(len(data)):
+            return None
         node = self._namespace.node(self.inode)
         if node.content is not ContentKind.PRIVATE:
             return None
@@ -181,7 +197,9 @@ class Workspace:
         if writes:
             self.writers.add(handle, caller.thread)
         self._opens[inode] = self._opens.get(inode, 0) + 1
-        return OpenLocal(self._namespace, self.local, inode, trusted=caller.root)
+        return OpenLocal(
+            self._namespace, self.local, inode, trusted=caller.root, writer=caller.thread
+        )
 
     def made(self, inode: Inode, place: Place, *, is_new: bool) -> None:
         """A file that was just opened was made for that; ``is_new``: nobody else has seen it."""
