@@ -1,8 +1,13 @@
-"""Fetches that nobody waits for leave the processor to those who read."""
+"""Fetches that nobody waits for, and large writes, leave the processor to those who read."""
 
 import threading
 
-from stagefs.objects.courtesy import PAUSE_S, Courtesy
+import trio
+import trio.testing
+
+from stagefs.objects.courtesy import LARGE_WRITE_BYTES, PAUSE_S, WRITE_PAUSE_S, Courtesy
+
+READER, WRITER = 11, 12
 
 
 def test_nobody_reads_nobody_waits() -> None:
@@ -27,3 +32,25 @@ def test_many_fetches_pause_one_after_another_and_all_end() -> None:
     for thread in threads:
         thread.join(100 * 8 * PAUSE_S)
     assert ended == [1] * 8
+
+
+def test_large_writes_come_after_reads_of_somebody_else() -> None:
+    courtesy = Courtesy()
+    assert not courtesy.comes_before(LARGE_WRITE_BYTES, WRITER), "nobody reads"
+    courtesy.served, courtesy.reader = 1, READER
+    assert courtesy.comes_before(LARGE_WRITE_BYTES, WRITER)
+    assert not courtesy.comes_before(LARGE_WRITE_BYTES - 1, WRITER), "a small one"
+    assert not courtesy.comes_before(LARGE_WRITE_BYTES, READER), "who copies reads for himself"
+
+
+async def test_a_write_waits_once_for_reads_that_were_served(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    courtesy = Courtesy()
+    courtesy.served, courtesy.reader = 1, READER
+    begun = trio.current_time()
+    await courtesy.wait_to_write()
+    assert trio.current_time() - begun == WRITE_PAUSE_S
+    assert not courtesy.comes_before(LARGE_WRITE_BYTES, WRITER), "none since then"
+    courtesy.served += 1
+    assert courtesy.comes_before(LARGE_WRITE_BYTES, WRITER)
