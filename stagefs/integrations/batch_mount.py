@@ -278,10 +278,12 @@ class JobMount:
         """The job uses the mount no longer; with the last one it ends, although it may be in use or
         not answer.  What is not uploaded stays in the state directory.  May be repeated."""
         with self._alone():
+            registered = self._living_jobs() - {self.name}
+            # While the job is registered: without one the mount ends by itself, within a second,
+            # and who cannot be asked any more may have outputs to keep.
+            has_nothing = self._tidied(registered)
             (self._jobs / self.name).unlink(missing_ok=True)
             self.place.unlink(missing_ok=True)
-            registered = self._living_jobs()
-            has_nothing = self._tidied(registered)
             if not registered:
                 self._end()
                 with self._owner.acting():
