@@ -104,7 +104,7 @@ class Leases:
             connection.executemany(
                 "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
                 [
-                    (each.key, owner, each.url.encode("utf-8", "surrogateescape"), now, expires)
+                    (each.key, _kept(owner), _encoded(each.url), now, expires)
                     for each in leases
                 ],
             )
@@ -142,7 +142,7 @@ class Leases:
         with self._writing() as connection:
             connection.executemany(
                 "DELETE FROM leases WHERE key = ? AND owner = ?",
-                [(lease.key, lease.owner) for lease in ended],
+                [(lease.key, _kept(lease.owner)) for lease in ended],
             )
             for lease in ended:
                 left = dict(self._leases.get(lease.key, {}))
@@ -207,12 +207,25 @@ class Leases:
             yield from owners.values()
 
 
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _kept(owner: str) -> str | bytes:
+    """As the column has it: bytes where a name in it is no UTF-8."""
+    encoded = _encoded(owner)
+    try:
+        return encoded.decode("utf-8")
+    except UnicodeDecodeError:
+        return encoded
+
+
 def _read(connection: sqlite3.Connection) -> Iterator[Lease]:
     found = connection.execute("SELECT key, owner, url, since, expires FROM leases")
     for key, owner, url, since, expires in found:
         yield Lease(
             key=key,
-            owner=owner,
+            owner=owner if isinstance(owner, str) else owner.decode("utf-8", "surrogateescape"),
             url=url.decode("utf-8", "surrogateescape"),
             since=since,
             expires=expires,

@@ -66,12 +66,12 @@ class LinkLeases:
 
     async def _hold(self, row: SandboxRow, nodes: Iterable[Node]) -> None:
         files: dict[Inode, Node] = {}
-        for node in nodes:
-            if node.kind is NodeKind.DIRECTORY:
-                files |= await self._below(node, LEASED_FILES_MAX - len(files))
-            else:
-                files[node.inode] = node
         try:
+            for node in nodes:
+                if node.kind is NodeKind.DIRECTORY:
+                    files |= await self._below(node, LEASED_FILES_MAX - len(files))
+                else:
+                    files[node.inode] = node
             name = self._namespace.path(row.inode).rpartition("/")[2]
         except NotFound:
             return  # removed meanwhile

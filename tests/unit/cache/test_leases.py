@@ -88,3 +88,13 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_a_place_that_cannot_be_written_is_a_failed_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheFailed):
         Leases(tmp_path / "nowhere" / "leases.sqlite")
+
+
+def test_an_owner_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    path, owner = tmp_path / "leases.sqlite", "task:7:caf\udce9"
+    Leases(path).pin([(A, "url")], owner=owner)
+    kept = Leases(path)
+    assert [lease.owner for lease in kept.list()] == [owner]
+    kept.pin([(A, "url")], owner=owner)
+    assert kept.unpin(None, owner=owner) == 1
+    assert read_leases(path) == []
