@@ -103,10 +103,7 @@ class Leases:
         with self._writing() as connection:
             connection.executemany(
                 "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)",
-                [
-                    (each.key, _kept(owner), _encoded(each.url), now, expires)
-                    for each in leases
-                ],
+                [(each.key, _kept(owner), _encoded(each.url), now, expires) for each in leases],
             )
             for lease in leases:
                 # A new dict each time: covers() reads without the lock.
