@@ -1,4 +1,9 @@
-"""A catalog of a million entries (A6).  The bounds are the promise's own."""
+"""A catalog of a million entries (A6): none is lost, and memory is bounded.
+
+The promise's seconds are measured by ``make bench ARGS='--only a6'``.  How long it takes here says
+as much about the machine and what else it does: a bound tells a hang, or what is quadratic, from
+a wait.
+"""
 
 import re
 import time
@@ -13,7 +18,9 @@ from tests.support.mounted import Mounted
 MakeMount = Callable[..., Mounted]
 ENTRIES = 1_000_000
 IN_ONE_DIRECTORY = 100_000
-MEMORY_BYTES_MAX = 150 << 20
+MEMORY_MIB_MAX = 150
+# Machines that run tests were seen to differ by a factor of three among themselves.
+SLOW_MACHINE = 10
 
 
 def write_catalog(path: Path) -> None:
@@ -39,7 +46,7 @@ def seconds_of(step: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_million_entries(
     anybody: Identity, new_mount: MakeMount, figures: Callable[[str], None]
 ) -> None:
@@ -51,20 +58,27 @@ def test_a_million_entries(
         figures(f"{name} {value:.2f} (bound {bound:g})")
         assert value < bound, f"{name} is {value:.2f}, more than {bound:g}"
 
-    figure("import_s", seconds_of(lambda: mount.stagefs("import", catalog, deadline_s=300)), 60)
-    figure("memory_after_import_mib", memory_bytes(mount.daemon()) / (1 << 20), 150)
+    def takes(name: str, bound_s: float, step: Callable[[], object]) -> None:
+        figure(name, seconds_of(step), bound_s * SLOW_MACHINE)
+
+    def memory(when: str) -> None:
+        used = memory_bytes(mount.daemon()) / (1 << 20)
+        figure(f"memory_after_{when}_mib", used, MEMORY_MIB_MAX)
+
+    takes("import_s", 60, lambda: mount.stagefs("import", catalog, deadline_s=600))
+    memory("import")
     mount.umount()
-    figure("mount_s", seconds_of(mount.mount), 1.0)
+    takes("mount_s", 1, mount.mount)
     big = "MNT/staging/d7"
     listed: list[bytes] = []
-    figure("ls_s", seconds_of(lambda: listed.append(mount.run("ls", "-f", big).stdout)), 1.0)
+    takes("ls_s", 1, lambda: listed.append(mount.run("ls", "-f", big).stdout))
     assert listed[0].count(b"\n") == IN_ONE_DIRECTORY + 2
     counted: list[bytes] = []
     script = f"find {mount.point}/staging -type f -size +0 | wc -l"
 
     def find() -> None:
-        counted.append(mount.run("sh", "-c", script, deadline_s=400).stdout)
+        counted.append(mount.run("sh", "-c", script, deadline_s=600).stdout)
 
-    figure("find_us_per_entry", seconds_of(find) / ENTRIES * 1e6, 60)
+    takes("find_s", 60, find)
     assert int(counted[0]) == ENTRIES - 1
-    figure("memory_after_find_mib", memory_bytes(mount.daemon()) / (1 << 20), 150)
+    memory("find")
