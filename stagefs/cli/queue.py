@@ -136,9 +136,21 @@ def flush(deadline: str | None, mountpoint: str | None, as_json: bool) -> None:
     if as_json:
         print_json(flushed)
     else:
-        click.echo(f"uploaded {_counted(flushed.uploads)}, {human(flushed.bytes_sent)}")
+        click.echo(_what_went(flushed))
     if (left := what_is_left(flushed)) is not None:
         raise NotUploaded(f"{left}; `stagefs queue list` shows them all.")
+
+
+def _what_went(flushed: Flushed) -> str:
+    """The daemon uploads all the time: often nothing is left for the command."""
+    here = f"uploaded {_counted(flushed.uploads)}, {human(flushed.bytes_sent)}"
+    before = f"{_counted(flushed.before)}, {human(flushed.before_bytes)}"
+    if flushed.uploads:
+        return f"{here}; before that {before}" if flushed.before else here
+    waits = what_is_left(flushed) is not None
+    if flushed.before:
+        return f"uploaded already: {before}{'' if waits else '; nothing waits'}"
+    return here if waits else "nothing waits to be uploaded"
 
 
 def flush_before_umount(client: Client, *, deadline_s: float | None, quiet: bool) -> None:

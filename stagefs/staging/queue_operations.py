@@ -96,11 +96,16 @@ class QueueOperations:
             async with out.hurry():
                 await self._bound.hand_over(hurry=True)
                 await out.until_empty(stall_s=STALL_S if at_most is None else None, tell=tell)
+        done = out.totals.get(UploadState.DONE, Total())
+        sent, sent_bytes = out.uploaded - uploads, out.uploaded_bytes - begun_bytes
         return values.Flushed(
-            uploads=out.uploaded - uploads,
-            bytes_sent=out.uploaded_bytes - begun_bytes,
+            uploads=sent,
+            bytes_sent=sent_bytes,
             left=self.totals(),
             examples=await self._examples(),
+            # At a deadline what has just ended may not be counted as done yet.
+            before=max(done.uploads - sent, 0),
+            before_bytes=max(done.size_bytes - sent_bytes, 0),
         )
 
     async def _examples(self) -> list[values.UploadStatus]:

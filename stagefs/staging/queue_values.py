@@ -94,9 +94,12 @@ class QueueTotals(msgspec.Struct, frozen=True):
 
 
 class Flushed(msgspec.Struct, frozen=True):
-    """What a flush uploaded, what is left, and some of those that are left."""
+    """What a flush uploaded, what is left, and some of those that are left.  ``before``: what the
+    daemon, which waits for no flush, had uploaded when it began, and still lists as done."""
 
     uploads: int
     bytes_sent: int
     left: QueueTotals
     examples: list[UploadStatus] = []
+    before: int = 0
+    before_bytes: int = 0

@@ -84,12 +84,15 @@ def test_outputs_reach_the_server(identity: Identity, new_mount: MakeMount, serv
         "deep/directory/blank in name": b"x" * 1000,
         "empty": b"",
     }
+    assert mount.stagefs("flush").stdout == b"nothing waits to be uploaded\n"
     commit(mount, "t1", below(server, "run1"), files)
     said = mount.stagefs("flush").stdout.decode()
     assert said.startswith("uploaded ")
     assert {name: server.get(f"run1/{name}") for name in files} == files
     assert server.names() == sorted(f"run1/{name}" for name in files), "nothing else is there"
     assert states(mount) == ["done"] * 3
+    # Now it is the daemon that has done all of it.
+    assert mount.stagefs("flush").stdout == b"uploaded already: 3 outputs, 1006 B; nothing waits\n"
     status = json.loads(mount.stagefs("status", "--json").stdout)["queue"]
     assert (status["waiting"], status["failed"]) == (0, 0)
     assert not list(Path(status["directory"], "files").iterdir()), "files of what is done go"

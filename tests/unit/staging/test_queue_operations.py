@@ -35,6 +35,17 @@ async def test_flush_of_an_empty_queue_is_over_at_once(rig: OutRig) -> None:
         assert flushed.uploads == 0
 
 
+async def test_flush_tells_what_the_daemon_had_uploaded_before(rig: OutRig) -> None:
+    async with rig.running() as out:
+        await rig.add("c1", "a", "b")
+        await rig.until(lambda: not out.busy)
+        faster = await rig.operations.flush(Flush(), lambda _progress: None)
+        assert (faster.uploads, faster.before, faster.before_bytes) == (0, 2, 8)
+        await rig.add("c2", "c")
+        second = await rig.operations.flush(Flush(), lambda _progress: None)
+        assert (second.uploads + second.before, second.bytes_sent + second.before_bytes) == (3, 12)
+
+
 async def test_flush_waits_for_a_commit_that_is_being_made(rig: OutRig) -> None:
     async with rig.running() as out, trio.open_nursery() as nursery:
         await rig.prepare("c1", "a")
