@@ -202,6 +202,21 @@ class Load:
         errors = [line for line in log.splitlines() if " INFO " not in line]
         return "\n".join(errors[-30:])
 
+    def check_nobody_hangs(self) -> None:
+        """Who waits and cannot be interrupted (state D) goes on: a wait for a request that a dead
+        daemon took with it would not end."""
+        waits = self._waits()
+
+        def over() -> bool:
+            waits.intersection_update(self._waits())
+            return not waits
+
+        wait_until(over, "the end of waits in state D", deadline_s=SETTLED_S, told=lambda: waits)
+
+    def _waits(self) -> set[kernel.Thread]:
+        found = kernel.threads(task.pid for task in self._tasks.values())
+        return {thread for thread in found if thread.state == "D"}
+
     def end(self) -> dict[str, str]:
         self.stop.touch()
         said = {}
@@ -209,6 +224,8 @@ class Load:
             output, errors = task.communicate(timeout=SETTLED_S)
             assert task.returncode == 0, f"{name}: {errors.decode()}"
             said[name] = output.decode().strip()
+        left = [*kernel.threads(task.pid for task in self._tasks.values())]
+        assert not left, f"programs that outlived their tasks: {left}"
         return said
 
     def kill(self) -> None:
@@ -356,6 +373,7 @@ def test_killed_again_and_again_under_load(
                     deadline_s=120,
                     told=lambda: supervisor_log(mount)[-2000:],
                 )
+            load.check_nobody_hangs()
             said = load.end()
         finally:
             load.kill()

@@ -82,6 +82,38 @@ def programs() -> Iterator[Program]:
                     yield Program(int(entry.name), parent, words)
 
 
+@dataclasses.dataclass(frozen=True)
+class Thread:
+    """``switches``: how often it gave the processor away; the same wait has the same number."""
+
+    pid: int
+    tid: int
+    name: str
+    state: str
+    switches: int
+    waits_in: str
+
+
+def threads(sessions: Iterable[int]) -> Iterator[Thread]:
+    """Of all programs in these sessions."""
+    wanted = set(sessions)
+    for entry in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            head, _, rest = (entry / "stat").read_text("utf-8", "replace").rpartition(")")
+            state, _parent, _group, session = rest.split()[:4]
+            if int(session) in wanted:
+                status = (entry / "status").read_text("utf-8", "replace")
+                switches = re.findall(r"ctxt_switches:\s*(\d+)", status)
+                yield Thread(
+                    pid=int(entry.parts[2]),
+                    tid=int(entry.name),
+                    name=head.partition("(")[2],
+                    state=state,
+                    switches=sum(map(int, switches)),
+                    waits_in=(entry / "wchan").read_text(),
+                )
+
+
 def programs_naming(directory: Path) -> list[Program]:
     """Programs with this directory, or something below it, in their command line."""
     names = _naming(directory)
