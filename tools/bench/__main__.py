@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import linking, million, sequential, small, warm, writing
+from bench import far, linking, million, sequential, small, tree, warm, writing
 from bench.measuring import MeasureFailed, Unavailable
 from bench.points import Lab, Measured, Point
 from bench.report import CHECKOUT, CLAIM_ROUNDS_MIN, as_json, table
@@ -30,6 +30,11 @@ POINTS = (
     Point("b6-untar", "a source tree unpacked", writing.source_tree),
     Point("b6-readers", "warm reads while another task writes and syncs", writing.readers),
     Point("b6-links", "a million virtual links from one template", linking.links),
+    Point("c5-http", "a cold file over http, 20 ms away", far.over_http),
+    Point("c5-s3", "a cold file over S3, 20 ms away", far.over_s3),
+    Point("c5-ssh", "a cold file over ssh, 20 ms away", far.over_ssh),
+    Point("c6-ssh", "a cold tree of small files over ssh", tree.over_ssh),
+    Point("c6-s3", "a cold tree of small files over S3", tree.over_s3),
 )
 FULL = Amounts(
     size_bytes=GIB,
@@ -39,6 +44,7 @@ FULL = Amounts(
     catalog_entries=1_000_000,
     sandboxes=1000,
     links=1000,
+    tree_directories=100,
 )
 QUICK = Amounts(
     size_bytes=32 * MIB,
@@ -48,6 +54,7 @@ QUICK = Amounts(
     catalog_entries=20_000,
     sandboxes=50,
     links=20,
+    tree_directories=10,
 )
 
 

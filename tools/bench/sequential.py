@@ -9,6 +9,7 @@ from bench.measuring import Contender, Work
 from bench.ours import stagefs
 from bench.points import OURS, Lab, Measured
 from bench.report import compare
+from bench.servers import SshAccess
 
 Mounting = Callable[[], contextlib.AbstractContextManager[Path]]
 
@@ -28,7 +29,7 @@ def _reads_through(lab: Lab, mounting: Mounting) -> Callable[[], float]:
     return measure
 
 
-def _reads_staged(
+def reads_staged(
     lab: Lab,
     url: str,
     *,
@@ -53,20 +54,20 @@ def over_ssh(lab: Lab) -> Measured:
     contenders = [
         Contender(
             OURS,
-            _reads_staged(lab, url, environment={"STAGEFS_SSH_CONFIG": str(access.tuned_config)}),
+            reads_staged(lab, url, environment={"STAGEFS_SSH_CONFIG": str(access.tuned_config)}),
             ours=True,
         ),
         Contender(
             SSHFS_TUNED,
             _reads_through(lab, lambda: peers.sshfs(bench, access, servers.data, tuned=True)),
         ),
-        Contender(SSH_CAT, lambda: _ssh_cat(lab)),
+        Contender(SSH_CAT, lambda: ssh_cat(lab, lab.servers.ssh, lab.servers.ssh_master)),
         Contender(
             RCLONE, _reads_through(lab, lambda: peers.rclone(bench, section, str(servers.data)))
         ),
         Contender(
             OURS_DEFAULT,
-            _reads_staged(lab, url, environment={"STAGEFS_SSH_CONFIG": str(access.config)}),
+            reads_staged(lab, url, environment={"STAGEFS_SSH_CONFIG": str(access.config)}),
             ours=True,
         ),
         Contender(
@@ -88,13 +89,12 @@ def over_ssh(lab: Lab) -> Measured:
     return measured
 
 
-def _ssh_cat(lab: Lab) -> float:
+def ssh_cat(lab: Lab, access: SshAccess, master: Path) -> float:
     """Bytes through one ssh connection and nothing else.
 
     The connection is open already; the login's shell is timed on its own and taken off.
     """
-    access = lab.servers.ssh
-    ssh = ("ssh", "-F", access.tuned_config, "-S", lab.servers.ssh_master, access.host)
+    ssh = ("ssh", "-F", access.tuned_config, "-S", master, access.host)
 
     def cat(path: Path) -> float:
         command = f"exec cat '{path}'"
@@ -119,7 +119,7 @@ def over_http(lab: Lab) -> Measured:
     url = servers.http_url(servers.big)
     section = {"type": "http", "url": servers.http_directory()}
     contenders = [
-        Contender(OURS, _reads_staged(lab, url), ours=True),
+        Contender(OURS, reads_staged(lab, url), ours=True),
         Contender(RCLONE, _reads_through(lab, lambda: peers.rclone(bench, section, ""))),
     ]
     samples = lab.race("cold", contenders, work, measured)
@@ -136,7 +136,7 @@ def over_s3(lab: Lab) -> Measured:
     contenders = [
         Contender(
             OURS,
-            _reads_staged(
+            reads_staged(
                 lab,
                 access.url(servers.big.name),
                 environment=access.environment,

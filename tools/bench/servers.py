@@ -6,6 +6,7 @@ page cache: no peer pays for a cold server.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import os
 import shutil
@@ -18,14 +19,20 @@ from bench.measuring import Unavailable
 from bench.workbench import Workbench, end, installed
 from stagefs.remote.url import quote_path
 from tests.support import rgw, sshd
+from tests.support.far_away import FarAway, running_far_away
 from tests.support.nginx import Nginx, running_nginx
 from tests.support.waiting import wait_until
 
 FAST_CIPHER = "aes128-gcm@openssh.com"
-BUCKET = "bench"
+BUCKET, TREE_BUCKET = "bench", "bench-tree"
 # Parts of a multipart upload are there twice for a moment.
 S3_ROOM_FACTOR = 2
 GIB = 1 << 30
+# How far away a server is whose name here begins with ``far``.
+ROUND_TRIP_S = 0.020
+TREE_DIRECTORY_FILES = 10
+TREE_FILE_BYTES = 100 << 10
+SIGNED_LIFETIME = datetime.timedelta(days=1)
 _PIECE_BYTES = 16 << 20
 
 
@@ -51,7 +58,7 @@ class SshAccess:
 
 @dataclasses.dataclass(frozen=True)
 class S3Access:
-    """A bucket that holds the big file under its name."""
+    """A bucket that holds the big file, or the tree, under its name."""
 
     endpoint: str
     bucket: str
@@ -64,7 +71,7 @@ class S3Access:
 
 
 class Servers:
-    """``big`` and ``small`` are the data, below ``data``."""
+    """``big``, ``small`` and ``tree`` are the data, below ``data``."""
 
     def __init__(self, bench: Workbench, stack: contextlib.ExitStack) -> None:
         self._bench = bench
@@ -95,19 +102,47 @@ class Servers:
         return directory
 
     @functools.cached_property
-    def ssh(self) -> SshAccess:
-        """Raises Unavailable."""
+    def tree(self) -> Path:
+        """Directories of TREE_DIRECTORY_FILES files each."""
+        top = self.data / "tree"
+        for number in range(self._bench.amounts.tree_directories):
+            directory = top / f"sample-{number:03d}"
+            directory.mkdir(parents=True)
+            for part in range(TREE_DIRECTORY_FILES):
+                (directory / f"part-{part}.dat").write_bytes(os.urandom(TREE_FILE_BYTES))
+        return top
+
+    @property
+    def tree_files(self) -> int:
+        return self._bench.amounts.tree_directories * TREE_DIRECTORY_FILES
+
+    @functools.cached_property
+    def _sshd(self) -> sshd.Sshd:
         if not sshd.available():
             raise Unavailable("sshd is not installed, so what needs ssh is left out.")
         root = self._bench.directory / "sshd"
         root.mkdir()
-        server = self._stack.enter_context(sshd.running_sshd(root))
-        return self._access(server)
+        return self._stack.enter_context(sshd.running_sshd(root))
 
-    def _access(self, server: sshd.Sshd) -> SshAccess:
+    def _far(self, port: int) -> FarAway:
+        return self._stack.enter_context(running_far_away(port, round_trip_s=ROUND_TRIP_S))
+
+    @functools.cached_property
+    def ssh(self) -> SshAccess:
+        """Raises Unavailable."""
+        return self._access(self._sshd, self._sshd.port)
+
+    @functools.cached_property
+    def far_ssh(self) -> SshAccess:
+        """The same server.  Raises Unavailable."""
+        port = self._far(self._sshd.port).port
+        self._sshd.trust_port(port)
+        return self._access(self._sshd, port)
+
+    def _access(self, server: sshd.Sshd, port: int) -> SshAccess:
         """The measuring user's own copy of key and configuration: ssh wants a private key."""
         own = self._bench.fresh("ssh-client")
-        text = server.ssh_config.read_text()
+        text = server.ssh_config.read_text().replace(f"Port {server.port}\n", f"Port {port}\n")
         copies = {}
         for path in (server.identity, server.known_hosts):
             copies[path] = Path(shutil.copy(path, own / path.name))
@@ -121,7 +156,7 @@ class Servers:
             config=own / "ssh_config",
             tuned_config=own / "ssh_config_tuned",
             host="staged",
-            port=server.port,
+            port=port,
             user=server.login.name,
             key=copies[server.identity],
             known_hosts=copies[server.known_hosts],
@@ -130,7 +165,13 @@ class Servers:
     @functools.cached_property
     def ssh_master(self) -> Path:
         """The socket of an open connection, so that `ssh cat` is timed without its handshake."""
-        access = self.ssh
+        return self._master(self.ssh)
+
+    @functools.cached_property
+    def far_ssh_master(self) -> Path:
+        return self._master(self.far_ssh)
+
+    def _master(self, access: SshAccess) -> Path:
         socket = self._bench.fresh("ssh-master") / "s"
         child = self._bench.start(
             "ssh", "-F", access.tuned_config, "-M", "-N", "-S", socket, access.host
@@ -153,13 +194,20 @@ class Servers:
             place.hardlink_to(path)
         return self.http.url(name)
 
+    def far_http_url(self, path: Path) -> str:
+        near = self.http_url(path)
+        return near.replace(f":{self.http.port}/", f":{self._far_http.port}/", 1)
+
+    @functools.cached_property
+    def _far_http(self) -> FarAway:
+        return self._far(self.http.port)
+
     def http_directory(self) -> str:
         """What lists its files as HTML, which is what others than StageFS read."""
         return self.http.url("", location="html")
 
     @functools.cached_property
-    def s3(self) -> S3Access:
-        """Raises Unavailable."""
+    def _gateway(self) -> rgw.Rgw:
         if not rgw.available():
             raise Unavailable("radosgw, ceph-mon or ceph-osd is not installed: no S3 here.")
         server = rgw.Rgw(
@@ -167,14 +215,60 @@ class Servers:
         )
         self._stack.callback(server.stop)
         server.start()
-        server.make_bucket(BUCKET)
+        return server
+
+    @functools.cached_property
+    def s3(self) -> S3Access:
+        """With the big file.  Raises Unavailable."""
+        return self._s3_access(self._big_bucket, self._gateway.port)
+
+    @functools.cached_property
+    def far_s3(self) -> S3Access:
+        """The same.  Raises Unavailable."""
+        return self._s3_access(self._big_bucket, self._far_gateway.port)
+
+    @functools.cached_property
+    def s3_tree(self) -> S3Access:
+        """With the tree.  Raises Unavailable."""
+        return self._s3_access(self._tree_bucket, self._gateway.port)
+
+    @functools.cached_property
+    def far_s3_tree(self) -> S3Access:
+        """The same.  Raises Unavailable."""
+        return self._s3_access(self._tree_bucket, self._far_gateway.port)
+
+    @functools.cached_property
+    def _far_gateway(self) -> FarAway:
+        return self._far(self._gateway.port)
+
+    @functools.cached_property
+    def _big_bucket(self) -> str:
+        self._gateway.make_bucket(BUCKET)
         self._bench.say("uploading the big file")
         with self.big.open("rb") as file:
-            obstore.put(server.bucket(BUCKET), self.big.name, file)
+            obstore.put(self._gateway.bucket(BUCKET), self.big.name, file)
+        return BUCKET
+
+    @functools.cached_property
+    def _tree_bucket(self) -> str:
+        self._gateway.make_bucket(TREE_BUCKET)
+        store = self._gateway.bucket(TREE_BUCKET)
+        self._bench.say("uploading the tree")
+        for path in sorted(self.tree.glob("*/*")):
+            obstore.put(store, str(path.relative_to(self.data)), path)
+        return TREE_BUCKET
+
+    def signed(self, access: S3Access, key: str) -> str:
+        """A URL of the object that needs no further credentials."""
+        store = self._gateway.bucket(access.bucket, endpoint=access.endpoint)
+        return obstore.sign(store, "GET", key, SIGNED_LIFETIME)
+
+    def _s3_access(self, bucket: str, port: int) -> S3Access:
+        endpoint = f"http://127.0.0.1:{port}"
         return S3Access(
-            endpoint=server.endpoint,
-            bucket=BUCKET,
-            environment=server.environment,
+            endpoint=endpoint,
+            bucket=bucket,
+            environment={**self._gateway.environment, "AWS_ENDPOINT_URL": endpoint},
             key_id=rgw.ACCESS_KEY_ID,
             secret=rgw.SECRET_ACCESS_KEY,
         )

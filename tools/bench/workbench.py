@@ -41,6 +41,7 @@ class Amounts:
     catalog_entries: int
     sandboxes: int
     links: int
+    tree_directories: int
 
 
 @dataclasses.dataclass
