@@ -22,10 +22,11 @@ prepare() {
 }
 
 # Debian's own packages of batch systems, whose services are not started: the tests run them on
-# private machines. And what makes and tries the relocatable tarball.
+# private machines. What makes and tries the relocatable tarball. And what the cluster's hosts boot.
 systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2
          slurmctld slurmd slurm-client munge
-         patchelf binutils mmdebstrap)
+         patchelf binutils mmdebstrap
+         systemd iproute2)
 vagrant/provision/debian.sh "${systems[@]}"
 
 # PyOpus's sources ask for old build tools, and have the demonstrations that are not installed.  Its

@@ -97,7 +97,12 @@ if ! command -v dpkg-query >/dev/null; then
   exit 0
 fi
 
-# Arguments are further packages (`make test-systems` needs batch systems).
+# Arguments are further packages (`make test-systems` needs batch systems).  After --only they are all:
+# hosts of the cluster neither build StageFS nor run its tests.
+if [ "${1-}" = --only ]; then
+  shift
+  needed=("$@") tests=() bench=()
+fi
 mapfile -t absent < <(missing_of "${needed[@]}" "${tests[@]}" "${bench[@]}" "$@")
 mapfile -t absent_needed < <(missing_of "${needed[@]}")
 
