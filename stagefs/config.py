@@ -163,6 +163,11 @@ class SshSettings(msgspec.Struct, frozen=True, kw_only=True):
     """At most so many connections to one host."""
     ciphers: str | None = None
     """In place of the configured Ciphers: ``^aes128-gcm@openssh.com`` prefers the cheapest one."""
+    keepalive_s: Seconds = 15.0
+    """A connection that nobody uses is asked this often whether it still stands; 0: never."""
+    restart_s: Seconds = 30.0
+    """A server that broke its connections and now refuses them, or takes no login for the moment,
+    is asked again for so long before a reader is told."""
     connect_timeout_s: Seconds | None = None
     progress_timeout_s: Seconds | None = None
     attempts: Count | None = None

@@ -127,6 +127,11 @@ class RemoteUnavailable(RemoteError):
         self.busy = busy
 
 
+class RemoteAway(RemoteUnavailable):
+    """It answered a moment ago, or lives and takes no further login now: as when a server is
+    restarted.  Worth more patience than a server that was never there."""
+
+
 class RemoteDown(RemoteUnavailable):
     """It has failed so often that it is not asked for a while.  Asking again at once cannot help,
     later it can."""

@@ -4,7 +4,7 @@
   first of them at least CIRCUIT_SPAN_S ago, the remote counts as down: whoever asks is told so
   at once.  After a pause one attempt is let through; if it fails the pause doubles, if it
   succeeds the remote is well again.  An answer that refuses (missing, forbidden) is a success: the
-  server lives.
+  server lives.  Nor is it down in the first AWAY_SPAN_S of being away (RemoteAway).
 * Damping.  When the server says that it is asked too much (429, 503), nobody asks it before
   the time it wished for, else before a back-off with jitter, and only half as many at a time as
   before.  Each success lets in a little more.
@@ -21,10 +21,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from stagefs.errors import DeadlineExceeded, RemoteUnavailable, StageFSError
+from stagefs.errors import DeadlineExceeded, RemoteAway, RemoteUnavailable, StageFSError
 
 CIRCUIT_FAILURES = 6
 CIRCUIT_SPAN_S = 5.0
+AWAY_SPAN_S = 60.0
 PAUSE_S, PAUSE_S_MAX = 2.0, 60.0
 BUSY_PAUSE_S, BUSY_PAUSE_S_MAX = 0.5, 30.0
 RATES_MIN, RATES_MAX = 50, 500
@@ -61,6 +62,7 @@ class Health:
         self._jitter = jitter
         self._failures = 0
         self._failing_since_s = 0.0
+        self._away_since_s: float | None = None
         self._pause_s = 0.0
         self._down_until_s: float | None = None
         self._trying = False
@@ -107,6 +109,7 @@ class Health:
 
     def succeeded(self) -> None:
         self._failures = 0
+        self._away_since_s = None
         self._down_until_s, self._trying, self._pause_s = None, False, 0.0
         self._busy_pause_s = 0.0
         self._allowed = min(self._places, self._allowed + 1 / self._allowed)
@@ -127,6 +130,12 @@ class Health:
             self._failures, self._down_until_s, self._trying = 0, None, False
             self._damp(error.retry_after_s, now_s, at_once)
             return
+        if isinstance(error, RemoteAway) and self._down_until_s is None:
+            self._away_since_s = now_s if self._away_since_s is None else self._away_since_s
+            if now_s - self._away_since_s < AWAY_SPAN_S:
+                # Who waits for its return would be turned away by an open circuit.
+                self._failures, self._failing_since_s = 1, now_s
+                return
         if not self._failures:
             self._failing_since_s = now_s
         self._failures += 1

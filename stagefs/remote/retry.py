@@ -3,10 +3,12 @@
 A wrapper with the interface of ``base.Remote``.  Only errors that call themselves transient are
 repeated, with exponential back-off and jitter, at most ``attempts`` times and never begun
 after ``attempts_deadline_s``; the server's own wish (Retry-After) is honoured when it fits
-into that time.  A fetch goes on behind the last byte that landed, in the same version: that
-of the validator, or the one that the first attempt found.  A batch repeats only the items
-that failed.  A put begins anew; when its object did appear and only the answer was lost, the
-repetition finds it there.
+into that time.  A server that is away, as for a restart (RemoteAway), is asked again for
+``restart_s`` instead, however often that is; but not for puts and removals, which whoever queues
+them repeats for longer, and says so.  A fetch goes on behind the last byte that landed, in the
+same version: that of the validator, or the one that the first attempt found.  A batch repeats
+only the items that failed.  A put begins anew; when its object did appear and only the answer was
+lost, the repetition finds it there.
 
 Lives in the trio thread; keeps no state between calls.
 """
@@ -18,13 +20,22 @@ from typing import TypeVar
 
 import trio
 
-from stagefs.errors import ObjectChanged, RemoteDown, RemoteUnavailable, StageFSError
+from stagefs.errors import (
+    ObjectChanged,
+    RemoteAway,
+    RemoteDown,
+    RemoteUnavailable,
+    StageFSError,
+)
 from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span, WholeObject
 from stagefs.remote.base import BatchItem, Remote, Results, Sink, WatchingSink
 from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.threads import VersionSink
 
 T = TypeVar("T")
+# Who waits for a restart wants to know soon that it is over.
+AWAY_PAUSE_S_MAX = 2.0
+
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +63,7 @@ class RetryingRemote:
         self._jitter = jitter
 
     async def stat(self, url: str) -> ObjectInfo:
-        return await self._repeat(lambda: self._remote.stat(url))
+        return await self._repeat(lambda: self._remote.stat(url), waits=True)
 
     async def list(self, url: str) -> AsyncIterator[Sequence[ListedEntry]]:
         # The first page says whether the directory can be listed.  Later pages are not
@@ -64,7 +75,7 @@ class RetryingRemote:
             pages = self._remote.list(url)
             return await anext(pages, None)
 
-        page = await self._repeat(first_page)
+        page = await self._repeat(first_page, waits=True)
         while page is not None:
             yield page
             page = await anext(pages, None)
@@ -84,7 +95,7 @@ class RetryingRemote:
             left = Span(resumed.position, span.stop - resumed.position)
             return await self._remote.fetch(url, left, sink=resumed, validator=version)
 
-        return await self._repeat(rest)
+        return await self._repeat(rest, waits=True)
 
     async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
         results: dict[int, WholeObject | StageFSError] = {}
@@ -98,7 +109,7 @@ class RetryingRemote:
                     raise answer
 
         try:
-            await self._repeat(missing_ones)
+            await self._repeat(missing_ones, waits=True)
         except StageFSError as exc:
             # The batch as a whole failed, or some items did to the end: each has its error.
             for position in range(len(items)):
@@ -134,8 +145,10 @@ class RetryingRemote:
     async def aclose(self) -> None:
         await self._remote.aclose()
 
-    async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        return await repeated(attempt, self._settings, retries=self._retries, jitter=self._jitter)
+    async def _repeat(self, attempt: Callable[[], Awaitable[T]], *, waits: bool = False) -> T:
+        return await repeated(
+            attempt, self._settings, retries=self._retries, jitter=self._jitter, waits=waits
+        )
 
 
 async def repeated(
@@ -144,21 +157,32 @@ async def repeated(
     *,
     retries: Retries | None = None,
     jitter: Callable[[], float] = random.random,
+    waits: bool = False,
 ) -> T:
-    """The result of the first attempt that does not fail for a passing reason."""
+    """The result of the first attempt that does not fail for a passing reason.  ``waits``: also for
+    a server that is away."""
     deadline = trio.current_time() + settings.attempts_deadline_s
-    tried = 0
+    away_until: float | None = None
+    tried = waited = 0
     while True:
         try:
             return await attempt()
         except StageFSError as exc:
-            tried += 1
-            if not exc.transient or isinstance(exc, RemoteDown) or tried >= settings.attempts:
-                raise
-            pause_s = _pause_s(settings, exc, tried, jitter)
-            if trio.current_time() + pause_s >= deadline:
-                raise
-            log.debug("attempt %d failed, the next in %.2f s: %s", tried, pause_s, exc)
+            now = trio.current_time()
+            if waits and isinstance(exc, RemoteAway):
+                waited += 1
+                away_until = away_until or now + settings.restart_s
+                pause_s = min(_pause_s(settings, exc, waited, jitter), AWAY_PAUSE_S_MAX)
+                if now + pause_s >= away_until:
+                    raise
+            else:
+                tried += 1
+                if not exc.transient or isinstance(exc, RemoteDown) or tried >= settings.attempts:
+                    raise
+                pause_s = _pause_s(settings, exc, tried, jitter)
+                if now + pause_s >= deadline:
+                    raise
+            log.debug("attempt %d failed, the next in %.2f s: %s", tried + waited, pause_s, exc)
         if retries is not None:
             retries.count += 1
         await trio.sleep(pause_s)

@@ -98,6 +98,8 @@ class RemoteSettings(msgspec.Struct, frozen=True, kw_only=True):
     backoff_s: float = 0.2
     """Before the second attempt; doubles for each further one, with jitter."""
     backoff_s_max: float = 10.0
+    restart_s: float = 30.0
+    """For so long a server that went away a moment ago is asked again before anybody is told."""
     concurrency: int = 16
     """Transfers from one host at a time."""
     lookups: int = 16
@@ -156,6 +158,7 @@ def from_config(
         progress_timeout_s=remote.progress_timeout_s,
         attempts=remote.attempts,
         concurrency=remote.concurrency,
+        restart_s=remote.ssh.restart_s,
         home=home,
         environment=Environment(kept),
         http=remote.http,

@@ -24,6 +24,7 @@ class FailureKind(enum.StrEnum):
     MISSING = "missing"
     DENIED = "denied"
     UNAVAILABLE = "unavailable"
+    AWAY = "away"
     DEADLINE = "deadline"
     CHANGED = "changed"
     REFUSED = "refused"
@@ -51,7 +52,8 @@ class Order(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Connect(Order, frozen=True, array_like=True, tag=True, kw_only=True):
     """The first order: how to reach the host.  ``user`` and ``port`` None: as ssh knows.
-    ``key_file``: the private key to try first."""
+    ``key_file``: the private key to try first.  ``keepalive_s``, ``restart_s``: as in the
+    settings."""
 
     host: str
     port: int | None
@@ -65,6 +67,8 @@ class Connect(Order, frozen=True, array_like=True, tag=True, kw_only=True):
     connect_timeout_s: float
     answer_timeout_s: float
     progress_timeout_s: float
+    keepalive_s: float = 0.0
+    restart_s: float = 0.0
     key_file: str | None = None
 
 

@@ -81,6 +81,12 @@ _VERDICTS = (
         FailureKind.REFUSED,
         "the ssh configuration is not usable ({said})",
     ),
+    (
+        r"kex_exchange_identification: ",
+        FailureKind.AWAY,
+        "{host} ended the connection before the login ({said}): either it is being restarted, or "
+        "too many log in at a time (MaxStartups of its sshd)",
+    ),
 )
 
 

@@ -167,6 +167,12 @@ def _protocol_failure(host: str, exc: Exception) -> Failure:
         return Failure(FailureKind.DENIED, f"there is no key or password for the login at {host}")
     if "Channel closed" in said or "subsystem" in said:
         return Failure(FailureKind.REFUSED, f"{host} offers no SFTP")
+    if "SSH protocol banner" in said:
+        return Failure(
+            FailureKind.AWAY,
+            f"{host} ended the connection before the login: either it is being restarted, or too "
+            "many log in at a time (MaxStartups of its sshd)",
+        )
     if "timeout" in said.lower():
         return Failure(FailureKind.DEADLINE, f"{host} did not answer in time")
     return Failure(FailureKind.UNAVAILABLE, f"the connection to {host} failed ({said})")

@@ -4,9 +4,13 @@ Small operations get a session of their own as soon as the first one is busy wit
 transfers.  Operations on a session that breaks begin again, once, on another.  Deadlines: a
 connection must be ready in ``connect_timeout_s``; an operation that waits for the server fails
 when neither it nor its session has moved for its timeout, and its session is given up with it.
+A session without operations is probed, so that one that was dropped silently on its way (firewalls
+forget) is replaced before somebody waits for it.  A host whose session broke within
+``restart_s`` and that refuses the next one is away and not gone.
 Engine process only, one thread.
 """
 
+import math
 import selectors
 from collections.abc import Callable
 
@@ -52,18 +56,22 @@ class Pool:
         self._waiting: list[BaseOperation] = []
         self._dying: list[tuple[float, Transport]] = []
         self._extra_after = now
+        self._lost_at = -math.inf
         self._held = False
 
     @property
     def tick_s(self) -> float | None:
         """How often ``tick`` wants to be called; None when there is nothing to watch."""
+        order = self._order
         if self._waiting or self._dying or any(s.operations or not s.ready for s in self._sessions):
-            order = self._order
             shortest = min(
                 order.connect_timeout_s, order.answer_timeout_s, order.progress_timeout_s
             )
             return min(TICK_S_MAX, max(shortest / 20, 0.01))
-        return IDLE_EXTRA_S / 4 if self._sessions else None
+        if not self._sessions:
+            return None
+        probing = order.keepalive_s or IDLE_EXTRA_S
+        return max(min(IDLE_EXTRA_S, probing, order.answer_timeout_s) / 4, 0.01)
 
     @property
     def owed(self) -> bool:
@@ -205,7 +213,7 @@ class Pool:
 
     def _now_ready(self, session: Session) -> None:
         session.was_ready = True
-        session.ready_since = self._now
+        session.ready_since = session.last_used = self._now
         self._note(f"session {len(self._sessions)} with {self._order.host} is ready")
         waiting, self._waiting = self._waiting, []
         for operation in waiting:
@@ -239,6 +247,7 @@ class Pool:
         if not session.was_ready:
             self._not_connected(failure)
             return
+        self._lost_at = self._now
         self._note(f"session with {self._order.host} lost: {failure.reason}")
         for operation in operations:
             operation.session = None
@@ -254,6 +263,9 @@ class Pool:
 
     def _not_connected(self, failure: Failure) -> None:
         self._note(f"no session with {self._order.host}: {failure.reason}")
+        lately = self._now - self._lost_at < self._order.restart_s
+        if lately and failure.kind is FailureKind.UNAVAILABLE:
+            failure = Failure(FailureKind.AWAY, failure.reason)
         self._extra_after = self._now + EXTRA_BACKOFF_S
         waiting, self._waiting = self._waiting, []
         others = any(session.ending_since is None for session in self._sessions)
@@ -282,14 +294,26 @@ class Pool:
             if now - session.started > order.connect_timeout_s:
                 self._lost(session, self._silence(order.connect_timeout_s))
         elif session.operations:
+            session.last_used = now
             self._judge_operations(session)
         elif len(self._sessions) > 1 and session.silent_for_s(now) > order.progress_timeout_s:
             self._drop(session)
         else:
-            extra = session is not self._sessions[0]
-            idle_s = now - max(session.last_answered, session.ready_since)
-            if idle_s > (IDLE_EXTRA_S if extra else IDLE_S):
-                self._drop(session)
+            self._judge_idle(session)
+
+    def _judge_idle(self, session: Session) -> None:
+        now, order = self._now, self._order
+        extra = session is not self._sessions[0]
+        silent_s = session.probed_for_s(now)
+        if now - session.last_used > (IDLE_EXTRA_S if extra else IDLE_S):
+            self._drop(session)
+        elif silent_s is not None:
+            if silent_s > order.answer_timeout_s:
+                self._lost(session, self._silence(order.answer_timeout_s))
+        elif order.keepalive_s:
+            heard = max(session.last_answered, session.ready_since)
+            if now - heard >= order.keepalive_s:
+                session.probe(now)
 
     def _judge_operations(self, session: Session) -> None:
         now, order = self._now, self._order

@@ -129,6 +129,8 @@ class Session:
         self.said_all = False
         self.was_ready = False
         self.ready_since = now
+        self.last_used = now
+        self._probed: float | None = None
         self._turns: deque[bytes] = deque()
         self._groups: dict[bytes, deque[Operation]] = {}
         self._wanting_handles: list[Operation] = []
@@ -224,6 +226,21 @@ class Session:
         # Requests are kept in the order in which they were made.
         oldest = next(iter(self._expected.values()))
         return now - max(self.last_answered, oldest.asked)
+
+    def probe(self, now: float) -> None:
+        """Ask something that costs nothing, to learn whether anybody is there."""
+        self._now = self._probed = now
+        if protocol.LIMITS_EXTENSION in self.extensions:
+            request = self.expect(None, Kind.EXTENDED)
+            self.send(protocol.extended(request, protocol.LIMITS_EXTENSION))
+        else:
+            self.send(protocol.on_path(Kind.STAT, self.expect(None), b"."))
+
+    def probed_for_s(self, now: float) -> float | None:
+        """How long a probe has been without any answer; None when none is."""
+        if self._probed is None or self.last_answered >= self._probed:
+            return None
+        return now - self._probed
 
     def flush(self) -> bool:
         """Send what is to be sent.  Returns whether everything went out.  Raises OSError."""

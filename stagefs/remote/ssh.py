@@ -26,6 +26,7 @@ from stagefs.errors import (
     NoSpace,
     ObjectChanged,
     ObjectMissing,
+    RemoteAway,
     RemoteError,
     RemoteUnavailable,
     StageFSError,
@@ -76,6 +77,7 @@ _ERRORS: dict[FailureKind, type[StageFSError]] = {
     FailureKind.MISSING: ObjectMissing,
     FailureKind.DENIED: AccessDenied,
     FailureKind.UNAVAILABLE: RemoteUnavailable,
+    FailureKind.AWAY: RemoteAway,
     FailureKind.DEADLINE: DeadlineExceeded,
     FailureKind.CHANGED: ObjectChanged,
     FailureKind.REFUSED: RemoteError,
@@ -320,6 +322,8 @@ def _connect_order(
         connect_timeout_s=settings.connect_timeout_s,
         answer_timeout_s=settings.answer_timeout_s,
         progress_timeout_s=settings.progress_timeout_s,
+        keepalive_s=settings.ssh.keepalive_s,
+        restart_s=settings.restart_s,
         key_file=credentials.access(host_url).key_file,
     )
 

@@ -38,7 +38,7 @@ FIRST, AHEAD = 100_000, 3 * MIB
 # A login over ssh takes seconds on a busy machine.
 SILENCE_S, LOGIN_S, READ_DEADLINE_S, HANG_S = 2.0, 5.0, 15.0, 60.0
 SETTINGS = (
-    f"[remote.ssh]\nconnect_timeout_s = {LOGIN_S}\n"
+    f"[remote.ssh]\nconnect_timeout_s = {LOGIN_S}\nrestart_s = {SILENCE_S}\n"
     f"[remote]\nconnect_timeout_s = {SILENCE_S}\nprogress_timeout_s = {SILENCE_S}\nattempts = 3\n"
     f"[read]\nread_deadline_s = {READ_DEADLINE_S}\nfailure_hold_s = 0.05\n"
     "[stage_out]\nsettle_s = 0.05\nbackoff_s = 0.1\nbackoff_s_max = 0.5\n"

@@ -132,6 +132,30 @@ class Sshd:
                 os.kill(pid, signal.SIGKILL)
         return len(pids)
 
+    def die(self) -> int:
+        """The listener and all that serves a client are killed, and connections are refused until
+        ``come_back``.  Returns how many served clients."""
+        # A listener that is gone leaves its sessions to others, where they are not found.
+        self._child.send_signal(signal.SIGSTOP)
+        hit = self.kill_sessions()
+        self._child.kill()
+        self._child.wait(READY_TIMEOUT_S)
+        self._drain.join(READY_TIMEOUT_S)
+        return hit
+
+    def come_back(self) -> None:
+        with self._logged:
+            self._ended = False
+            self._begun = len(self._lines)
+        self._child = self._start()
+
+    @contextlib.contextmanager
+    def unfinished_login(self) -> Iterator[None]:
+        """Somebody has connected, and does not go on to log in."""
+        with socket.create_connection(("127.0.0.1", self.port)) as client:
+            assert client.recv(256).startswith(b"SSH-2.0-")
+            yield
+
     def log(self) -> str:
         with self._logged:
             return "".join(self._lines)
@@ -170,7 +194,9 @@ class Sshd:
             f"Port {self.port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n"
             f"HostKey {self.root}/id_host\nAuthorizedKeysFile {self.root}/id_client.pub\n"
             "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            "PermitRootLogin yes\nMaxStartups 200\nMaxSessions 200\nLogLevel VERBOSE\n"
+            "PermitRootLogin yes\nMaxSessions 200\nLogLevel VERBOSE\n"
+        # Of this setting sshd takes the last one, not the first.
+        startups = "" if "MaxStartups" in options else "MaxStartups 200\n"
             f"Subsystem sftp {sftp}\n",
             "utf-8",
         )
@@ -211,10 +237,13 @@ class Sshd:
     _ended = False
 
     def _settled(self) -> bool:
-        return self._ended or any("Server listening" in line for line in self._lines)
+        said = self._lines[self._begun :]
+        return self._ended or any("Server listening" in line for line in said)
 
     def _copy_log(self, child: subprocess.Popen[str]) -> None:
         assert child.stderr is not None
+    _begun = 0
+    """The line of the log with which the running server begins."""
         with child.stderr:
             for line in child.stderr:
                 with self._logged:

@@ -4,9 +4,16 @@ import math
 
 import pytest
 
-from stagefs.errors import DeadlineExceeded, ObjectMissing, RemoteUnavailable, StageFSError
+from stagefs.errors import (
+    DeadlineExceeded,
+    ObjectMissing,
+    RemoteAway,
+    RemoteUnavailable,
+    StageFSError,
+)
 from stagefs.model import MIB
 from stagefs.remote.health import (
+    AWAY_SPAN_S,
     BUSY_PAUSE_S,
     CIRCUIT_FAILURES,
     CIRCUIT_SPAN_S,
@@ -60,6 +67,19 @@ def test_failures_of_one_moment_do_not() -> None:
     for _ in range(10 * CIRCUIT_FAILURES):
         attempt(one, AWAY, 1.0)
     assert not one.down_for_s(1.0)
+
+
+def test_a_server_that_is_away_is_down_only_when_that_lasts() -> None:
+    one = health()
+    for begun_s in (0.0, 1000.0):
+        for second in range(int(AWAY_SPAN_S)):
+            attempt(one, RemoteAway("it is restarted."), begun_s + second)
+            assert not one.down_for_s(begun_s + second)
+        assert one.status("x", begun_s).state == "failing"
+        attempt(one, None, begun_s + AWAY_SPAN_S)
+    for second in range(int(AWAY_SPAN_S + CIRCUIT_SPAN_S + CIRCUIT_FAILURES)):
+        attempt(one, RemoteAway("it is gone."), 2000.0 + second)
+    assert one.status("x", 2000.0).state == "down"
 
 
 @pytest.mark.parametrize("answer", [None, ObjectMissing("there is none.")], ids=str)

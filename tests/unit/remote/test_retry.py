@@ -12,6 +12,7 @@ from stagefs.errors import (
     DeadlineExceeded,
     ObjectChanged,
     ObjectMissing,
+    RemoteAway,
     RemoteUnavailable,
     StageFSError,
 )
@@ -86,6 +87,37 @@ async def test_time_is_bounded(memory: MemoryRemote, autojump_clock: MockClock) 
     with pytest.raises(RemoteUnavailable):
         await retrying(memory, hasty).stat(url)
     assert trio.current_time() - begun == 1 + 2
+
+
+async def test_a_server_that_is_away_is_waited_for(
+    memory: MemoryRemote, autojump_clock: MockClock
+) -> None:
+    url = memory.store("/x", b"content")
+    memory.failures = [RemoteAway("Restarted.") for _ in range(10)]
+    begun = trio.current_time()
+    assert (await retrying(memory).stat(url)).size_bytes == 7
+    assert trio.current_time() - begun == 1 + 9 * 2
+
+
+async def test_a_server_that_stays_away_is_waited_for_no_longer(
+    memory: MemoryRemote, autojump_clock: MockClock
+) -> None:
+    url = memory.store("/x", b"content")
+    memory.failures = [RemoteAway("Gone.") for _ in range(100)]
+    begun = trio.current_time()
+    with pytest.raises(RemoteAway):
+        await retrying(memory).stat(url)
+    assert SETTINGS.restart_s - 2 <= trio.current_time() - begun <= SETTINGS.restart_s
+
+
+async def test_removals_do_not_wait_for_a_server_that_is_away(
+    memory: MemoryRemote, autojump_clock: MockClock
+) -> None:
+    url = memory.store("/x", b"content")
+    memory.failures = [RemoteAway("Gone.") for _ in range(100)]
+    with pytest.raises(RemoteAway):
+        await retrying(memory).delete(url)
+    assert len(memory.requests) == SETTINGS.attempts
 
 
 async def test_jitter_shortens_pauses(memory: MemoryRemote, autojump_clock: MockClock) -> None:

@@ -81,6 +81,8 @@ class Bench:
             connect_timeout_s=10,
             answer_timeout_s=20,
             progress_timeout_s=20,
+            keepalive_s=15,
+            restart_s=30,
         )
         self.pool = Pool(self, self.order, self.selector, self.notes.append, now=self.now)
         self.ops = 0
@@ -240,6 +242,73 @@ def test_idle_sessions_are_closed(bench: Bench) -> None:
     assert not bench.transports[0].told_to_end
     bench.turn(2)
     assert bench.transports[0].told_to_end
+
+
+def idle(bench: Bench) -> FakeTransport:
+    """A connection that was used, and is no more."""
+    bench.ask()
+    transport = bench.transports[-1]
+    os.write(transport.answers, VERSION)
+    bench.turn()
+    os.write(transport.answers, struct.pack(">IBII", 9, 101, 1, 2))  # no such file
+    bench.turn()
+    assert bench.failures() == [FailureKind.MISSING]
+    bench.turn()
+    os.read(transport.requests, 4096)
+    return transport
+
+
+def test_an_idle_connection_is_asked_whether_it_stands(bench: Bench) -> None:
+    transport = idle(bench)
+    for request in range(2, 5):
+        bench.turn(14)
+        bench.turn(1.5)
+        bench.turn()
+        assert os.read(transport.requests, 4096), "no probe"
+        os.write(transport.answers, struct.pack(">IBII", 9, 101, request, 0))
+        bench.turn(19)
+        assert not transport.told_to_end
+
+
+def test_an_idle_connection_that_was_dropped_silently_is_given_up(bench: Bench) -> None:
+    transport = idle(bench)
+    bench.turn(15)
+    bench.turn(19)
+    assert [transport.told_to_end] == [False]
+    bench.turn(2)
+    assert [transport.told_to_end] == [True]
+    assert "did not answer" in bench.notes[-1]
+    bench.ask()
+    assert len(bench.transports) == 2
+
+
+def lost(bench: Bench) -> None:
+    """A connection that stood, and broke while nobody used it."""
+    transport = idle(bench)
+    os.close(transport.answers)
+    os.close(transport.errors)
+    bench.turn()
+    bench.turn()
+    transport.answers, transport.errors = os.dup(0), os.dup(0)  # closed at the end
+    bench.reports.clear()
+
+
+def test_a_server_that_refuses_after_its_connections_broke_is_away(bench: Bench) -> None:
+    lost(bench)
+    bench.refusal = Failure(FailureKind.UNAVAILABLE, "refused")
+    bench.turn(29)
+    bench.ask()
+    assert bench.failures() == [FailureKind.AWAY]
+    bench.turn(2)
+    bench.ask()
+    assert bench.failures()[1:] == [FailureKind.UNAVAILABLE]
+
+
+def test_a_refused_login_is_refused_after_a_restart_too(bench: Bench) -> None:
+    lost(bench)
+    bench.refusal = Failure(FailureKind.DENIED, "key")
+    bench.ask()
+    assert bench.failures() == [FailureKind.DENIED]
 
 
 def test_a_client_that_cannot_start_fails_what_was_asked(bench: Bench) -> None:
