@@ -189,14 +189,14 @@ class Sshd:
             )
             script.chmod(0o755)
             sftp = str(script)
+        # Of this setting sshd takes the last one, not the first.
+        startups = "" if "MaxStartups" in options else "MaxStartups 200\n"
         (self.root / "sshd_config").write_text(
-            f"{options}\n"
+            f"{options}\n{startups}"
             f"Port {self.port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n"
             f"HostKey {self.root}/id_host\nAuthorizedKeysFile {self.root}/id_client.pub\n"
             "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "PermitRootLogin yes\nMaxSessions 200\nLogLevel VERBOSE\n"
-        # Of this setting sshd takes the last one, not the first.
-        startups = "" if "MaxStartups" in options else "MaxStartups 200\n"
             f"Subsystem sftp {sftp}\n",
             "utf-8",
         )
@@ -235,6 +235,8 @@ class Sshd:
         return child
 
     _ended = False
+    _begun = 0
+    """The line of the log with which the running server begins."""
 
     def _settled(self) -> bool:
         said = self._lines[self._begun :]
@@ -242,8 +244,6 @@ class Sshd:
 
     def _copy_log(self, child: subprocess.Popen[str]) -> None:
         assert child.stderr is not None
-    _begun = 0
-    """The line of the log with which the running server begins."""
         with child.stderr:
             for line in child.stderr:
                 with self._logged:
