@@ -28,7 +28,7 @@ from tests.support.served import (
 )
 
 SESSION_DIRECTORY = pytest.StashKey[Path]()
-FIGURES = pytest.StashKey[list[str]]()
+FIGURE = "figure"
 IDENTITY_NAMES = ("root", "user") if os.geteuid() == 0 else ("user",)
 # The watchdog ends what hangs a test shortly before pytest-timeout interrupts the test itself,
 # which a test that waits inside a system call on a dead mount would not notice.
@@ -48,14 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = Path(tempfile.mkdtemp(prefix="sft."))
     directory.chmod(0o755)
     config.stash[SESSION_DIRECTORY] = directory
-    config.stash[FIGURES] = []
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    for line in config.stash[FIGURES]:
-        terminalreporter.write_line(f"figure: {line}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, text in report.user_properties:
+                    if name == FIGURE:
+                        terminalreporter.write_line(f"figure: {text}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -137,10 +138,13 @@ def anybody(request: pytest.FixtureRequest, all_identities: dict[str, Identity])
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Notes a measured figure; all are printed at the end, for docs/VERIFIED.md."""
+    """Notes a measured figure; all are printed at the end, for docs/VERIFIED.md.
+
+    They go with the test's report, which is what comes back from a worker of several.
+    """
 
     def note(text: str) -> None:
-        request.config.stash[FIGURES].append(f"{request.node.name}: {text}")
+        request.node.user_properties.append((FIGURE, f"{request.node.name}: {text}"))
 
     return note
 

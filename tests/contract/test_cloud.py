@@ -14,7 +14,7 @@ from stagefs.remote.settings import Environment, RemoteSettings
 from tests.contract.subjects import BUCKET, SETTINGS
 from tests.contract.test_put import put_bytes
 from tests.support.azurite import ACCOUNT, KEY, Azurite
-from tests.support.nginx import free_ports
+from tests.support.ports import free_ports
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.ftp_server import Ftp, running_ftp
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted, sentence, sha256
-from tests.support.nginx import free_ports
+from tests.support.ports import free_ports
 from tests.support.served import content
 from tests.support.webdav import WebDav, running_webdav
 

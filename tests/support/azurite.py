@@ -18,7 +18,7 @@ from pathlib import Path
 from obstore.store import AzureStore
 
 from stagefs.config import environment
-from tests.support.nginx import free_ports
+from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 # The one account that every Azurite has, with the key that its documentation names.

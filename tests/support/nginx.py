@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stagefs.remote.url import quote_path
+from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 USER, PASSWORD = "ada", "s3cr3t-w0rd"
@@ -169,18 +170,6 @@ def running_nginx(top: Path) -> Iterator[Nginx]:
         yield server
     finally:
         server.stop()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _make_certificates(top: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import obstore
 from obstore.store import S3Store
 
-from tests.support.nginx import free_ports
+from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 ACCESS_KEY_ID, SECRET_ACCESS_KEY = "testkey", "testsecret"

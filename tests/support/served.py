@@ -21,7 +21,8 @@ import obstore
 
 from stagefs.remote.url import quote_path
 from tests.support.identity import Identity
-from tests.support.nginx import Nginx, free_ports, running_nginx
+from tests.support.nginx import Nginx, running_nginx
+from tests.support.ports import free_ports
 from tests.support.rgw import Rgw, running_rgw
 from tests.support.sshd import Sshd, running_sshd
 from tests.support.waiting import wait_until

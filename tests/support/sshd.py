@@ -14,13 +14,13 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from stagefs.remote.url import quote_path
+from tests.support.ports import free_ports
 
 SSHD = "/usr/sbin/sshd"
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
@@ -62,7 +62,7 @@ class Sshd:
     ) -> None:
         self.root = root
         self.login = login
-        self.port = _free_port()
+        (self.port,) = free_ports(1)
         self.ssh_config = root / "ssh_config"
         self.known_hosts = root / "known_hosts"
         self.identity = root / "id_client"
@@ -263,13 +263,6 @@ def running_sshd(
         yield server
     finally:
         server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _make_keys(root: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.nginx import free_ports
+from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 _RUN = "from wsgidav.server.server_cli import run; run()"
