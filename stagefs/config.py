@@ -61,6 +61,8 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How often the supervisor asks the mount whether its daemon answers."""
     probe_timeout_s: Seconds = 15.0
     """A daemon that answers nothing for so long is replaced; 0: never."""
+    standby_after_s: Seconds = 10.0
+    """When one has served for so long, the next is made ready to take its place; 0: never."""
 
 
 class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageFSError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    if not handoff.stand_by():
+        return 0
     try:
         settings = settings_from(arguments.set)
         stacks.prepare()

@@ -281,6 +281,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         options += ["--stop-timeout-s", f"{stop_timeout_s:g}"]
         options += ["--probe-period-s", f"{wanted.probe_period_s:g}"]
         options += ["--probe-timeout-s", f"{wanted.probe_timeout_s:g}"]
+        options += ["--standby-after-s", f"{wanted.standby_after_s:g}"]
         if (socket := environment().get("NOTIFY_SOCKET")) is not None:
             options += ["--notify-socket", socket]
         if self.replace:

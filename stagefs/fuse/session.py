@@ -13,10 +13,12 @@ How a daemon is started (the supervisor's ``daemons.py`` does it)
   error are appended to STATE/supervisor.log; the daemon leads a process group of its own
   and, when root mounted for a user, runs with the credentials of that user.
 * ``D`` is /dev/fuse of the mounted connection, which is already initialized.
-* ``S`` is one end of a SOCK_SEQPACKET pair in which INIT waits, offering only what the
-  kernel was told (``wire.WANTED_FLAGS``); libfuse is pointed at it, and when it has read
-  that message (``Operations.init``) D is put in its place.  Its reply to INIT goes to the
-  device, where nobody waits for it: ENOENT, which libfuse ignores by design.
+* ``S`` is one end of a SOCK_SEQPACKET pair in which INIT comes when the daemon is needed: at
+  once, or when the one before it has died.  Until then (``Handoff.stand_by``) it touches
+  neither the device nor the state.  When the pair ends without it, it was never needed.  INIT
+  offers only what the kernel was told (``wire.WANTED_FLAGS``); libfuse is pointed at the pair,
+  and when it has read that message (``Operations.init``) D is put in its place.  Its reply to
+  INIT goes to the device, where nobody waits for it: ENOENT, which libfuse ignores by design.
 * ``M`` is the shared memory (``operations_log``).
 * ``T`` takes one line of JSON: ``{"ready": {...}}`` once requests are answered (what is in
   it is passed on to whoever waits for the mount), or
@@ -46,6 +48,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -60,7 +63,9 @@ log = logging.getLogger(__name__)
 
 TASKS_MAX = 5000
 DISARM_TIMEOUT_S = 1.0
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+# What ``ps`` shows as the program (comm), of 15 bytes at most.
+STANDBY_NAME, DAEMON_NAME = b"stagefs-standby", b"stagefs-daemon"
 # The kernel does not know (any more) what it is told to forget, or the mount is ending.
 FORGOTTEN_ALREADY = {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.EBADF, errno.ENOTCONN}
 
@@ -117,12 +122,19 @@ class Handoff:
             ) from exc
         for fd in (handoff.device, handoff.session, handoff.memory, handoff.status):
             os.set_inheritable(fd, False)
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         # It may have died before it was asked to take this one along.
         if os.getppid() != handoff.supervisor:
             raise MountFailed("The supervisor of this mount is gone; mount again.")
         return handoff
+
+    def stand_by(self) -> bool:
+        """Wait until this daemon is to serve.  False: it never was."""
+        _name_this_process(STANDBY_NAME)
+        with socket.socket(fileno=os.dup(self.session)) as session:
+            needed = bool(session.recv(1, socket.MSG_PEEK))
+        _name_this_process(DAEMON_NAME)
+        return needed
 
     def tell_ready(self, values: dict[str, object]) -> None:
         """Requests are answered from now on.  ``values`` are for whoever waits for the mount."""
@@ -138,6 +150,10 @@ class Handoff:
         self._told = True
         os.write(self.status, json.dumps(said).encode() + b"\n")
         os.close(self.status)
+
+
+def _name_this_process(name: bytes) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
 
 
 class DeviceOperations(pyfuse3.Operations):

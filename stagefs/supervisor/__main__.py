@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop-timeout-s", type=float, default=30.0)
     parser.add_argument("--probe-period-s", type=float, default=5.0)
     parser.add_argument("--probe-timeout-s", type=float, default=15.0, help="0: never look")
+    parser.add_argument("--standby-after-s", type=float, default=0.0, help="0: never")
     parser.add_argument("--notify-socket", help="of the service manager: its NOTIFY_SOCKET")
     parser.add_argument("daemon", nargs="+")
     return parser
@@ -112,6 +113,7 @@ def _options(arguments: argparse.Namespace, credentials: Credentials | None) -> 
         stop_timeout_s=arguments.stop_timeout_s,
         probe_period_s=arguments.probe_period_s,
         probe_timeout_s=arguments.probe_timeout_s,
+        standby_after_s=arguments.standby_after_s,
         notify_socket=arguments.notify_socket,
         replace=arguments.replace,
         keeps_lifetime=arguments.lifetime is None,

@@ -1,4 +1,4 @@
-"""One daemon: its start with the handed descriptors, its first words, its end.
+"""One daemon: its start with the handed descriptors, its work, its first words, its end.
 
 What it is handed, and how, is the contract in the docstring of ``stagefs/fuse/session.py``.
 """
@@ -38,7 +38,8 @@ class Status:
 
 
 class Daemon:
-    """A started daemon.  ``status_fd`` is readable when it has spoken or ended."""
+    """A started daemon, which waits for ``go``.  ``status_fd`` is readable when it has spoken or
+    ended."""
 
     def __init__(
         self,
@@ -46,20 +47,18 @@ class Daemon:
         *,
         device: int,
         memory: int,
-        init: bytes,
         output: int,
         credentials: Credentials | None,
         kept_open: Sequence[int] = (),
     ) -> None:
         """``kept_open``: descriptors that are closed only when both the daemon and we are gone."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._session, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status_fd, status = os.pipe()
         os.set_blocking(self.status_fd, False)
         self._said = b""
         self._zombie_since_s: float | None = None
         self.started_s = time.monotonic()
-        with ours, theirs:
-            ours.send(init)
+        with theirs:
             handed = (
                 f"device={device},session={theirs.fileno()},memory={memory},status={status},"
                 f"supervisor={os.getpid()}"
@@ -78,12 +77,19 @@ class Daemon:
             )
             os.close(status)
 
+    def go(self, init: bytes) -> None:
+        """It is to serve from now on.  If it has ended, its status says so."""
+        self.started_s = time.monotonic()
+        with self._session, contextlib.suppress(OSError):
+            self._session.send(init)
+
     @property
     def pid(self) -> int:
         return self._child.pid
 
     @property
     def lived_s(self) -> float:
+        """Since it was started or, from ``go`` on, since then."""
         return time.monotonic() - self.started_s
 
     def read_status(self) -> Status | None:
@@ -127,6 +133,7 @@ class Daemon:
             self._child.wait(timeout_s)
 
     def close(self) -> None:
+        self._session.close()
         if self.status_fd >= 0:
             os.close(self.status_fd)
             self.status_fd = -1

@@ -23,6 +23,7 @@ from stagefs.supervisor.notify import ServiceManager
 from stagefs.supervisor.options import Options
 from stagefs.supervisor.record import Record
 from stagefs.supervisor.repetitions import drop_answered_notes
+from stagefs.supervisor.standby import Standby
 from stagefs.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("stagefs.supervisor")
@@ -42,7 +43,7 @@ EXIT_FAILED = 1
 
 
 class Supervisor:
-    """Invariant: at most one daemon lives, and none while the queue is put in order."""
+    """Invariant: at most one daemon serves, and none while the queue is put in order."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Supervisor:
         self._record = Record(options.state, as_owner)
         self._service = ServiceManager(options.notify_socket)
         self._handed_over = False
+        self._standby = Standby(self._new_daemon, after_s=options.standby_after_s)
 
     def _note_stop(self, number: int, _frame: object) -> None:
         self._stop_reason = f"{signal.Signals(number).name} received"
@@ -182,6 +184,8 @@ class Supervisor:
             return self._go_on()
         except leftovers.Disconnected:
             return self._end("the mount is gone")
+        finally:
+            self._standby.end()
 
     def _go_on(self) -> int:
         while True:
@@ -197,19 +201,22 @@ class Supervisor:
     def _start(self, kept_open: Sequence[int] = ()) -> None:
         self._answered_before = self._memory.answered
         try:
-            self._daemon = Daemon(
-                self._options.daemon_argv,
-                device=self._device,
-                memory=self._memory.fd,
-                init=self._init,
-                output=self._output,
-                credentials=self._options.credentials,
-                kept_open=kept_open,
-            )
+            self._daemon = self._standby.take() or self._new_daemon(kept_open)
         except OSError as exc:
             raise mounts.Refused(f"The daemon cannot be started: {exc}.", EXIT_FAILED) from exc
+        self._daemon.go(self._init)
         oom.adjust(self._daemon.pid, oom.DAEMON_SCORE)
         log.info("daemon %d started", self._daemon.pid)
+
+    def _new_daemon(self, kept_open: Sequence[int] = ()) -> Daemon:
+        return Daemon(
+            self._options.daemon_argv,
+            device=self._device,
+            memory=self._memory.fd,
+            output=self._output,
+            credentials=self._options.credentials,
+            kept_open=kept_open,
+        )
 
     def _wait_ready(self) -> Status:
         """The daemon's word; a made-up one when it ends, is too slow, or is to be stopped."""
@@ -257,6 +264,7 @@ class Supervisor:
                 self._sweep.advance()
             elif self._watchdog.is_wedged():
                 self._end_wedged()
+            self._standby.tend(self._daemon)
             if log_file.is_full(self._output):
                 self._rotate_log()
             # Not the device: each request that comes in would wake us, whatever we poll for.  The
@@ -292,6 +300,7 @@ class Supervisor:
         """Let another supervisor go on.  False: it did not come to that; the daemon is gone."""
         log.info("%s, process %d", TAKE_OVER, self._taker_pid)
         self._watchdog.end()
+        self._standby.end()
         if not self._resend:
             self._daemon.send(signal.SIGTERM)
             self._daemon.wait(FINISH_S)

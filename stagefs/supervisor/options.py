@@ -24,6 +24,7 @@ class Options:
     stop_timeout_s: float
     probe_period_s: float
     probe_timeout_s: float
+    standby_after_s: float
     notify_socket: str | None
     replace: bool
     keeps_lifetime: bool  # with ``replace``: the lifetime is the one of the mount so far

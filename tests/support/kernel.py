@@ -64,6 +64,8 @@ class Program:
     pid: int
     parent: int
     command: list[str]
+    name: str
+    """What ``ps`` shows as the program (comm), which a program can change."""
 
     def __str__(self) -> str:
         return f"{self.pid}: {' '.join(self.command)}"
@@ -78,8 +80,9 @@ def programs() -> Iterator[Program]:
                 status = (entry / "stat").read_text("utf-8", "replace")
                 if command:
                     words = os.fsdecode(command).rstrip("\0").split("\0")
-                    parent = int(status.rpartition(")")[2].split()[1])
-                    yield Program(int(entry.name), parent, words)
+                    before, _, after = status.rpartition(")")
+                    name = before.partition("(")[2]
+                    yield Program(int(entry.name), int(after.split()[1]), words, name)
 
 
 @dataclasses.dataclass(frozen=True)

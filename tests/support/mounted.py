@@ -65,6 +65,8 @@ class Mounted:
         if daemon is not None:
             at = words.index("stagefs.daemon")
             words[at - 1 : at + 1] = [str(daemon)]
+            # What it reads at its start must be of the moment it is needed.
+            words[words.index("--standby-after-s") + 1] = "0"
         log = self.state / "otherwise.log"
         with os.fdopen(reader, "rb") as said, log.open("wb") as output:
             self.child = subprocess.Popen(
@@ -161,9 +163,16 @@ class Mounted:
 
     def daemon(self) -> int:
         top = self.supervisor()
-        children = [program.pid for program in self.programs() if program.parent == top]
-        assert len(children) == 1, f"one daemon expected among {self.programs()}"
-        return children[0]
+        names = {program.pid: program.name for program in self.programs() if program.parent == top}
+        # One that has not said yet what it is will stand by, if another one serves.
+        serving = [pid for pid, name in names.items() if name == "stagefs-daemon"]
+        serving = serving or [pid for pid, name in names.items() if name != "stagefs-standby"]
+        assert len(serving) == 1, f"one daemon expected among {names}"
+        return serving[0]
+
+    def standbys(self) -> list[int]:
+        """Daemons that wait until they are needed."""
+        return [program.pid for program in self.programs() if program.name == "stagefs-standby"]
 
     def kill_daemon(self) -> int:
         """kill -9 of the daemon; returns its pid."""
