@@ -1,10 +1,12 @@
 """A Grid Engine cell of one host, from Debian's unmodified packages, on a private machine.
 
 Its administrator and its jobs' user are ordinary accounts; the daemons run as root, as on a real
-cluster.  ``hooks`` makes it call a prolog and an epilog for every job.
+cluster, or as the one user who has a cell of his own.  ``hooks`` makes it call a prolog and an
+epilog for every job.
 """
 
 import contextlib
+import pwd
 from pathlib import Path
 
 from tests.support.private_machine import PrivateMachine
@@ -41,15 +43,28 @@ ACCOUNTING = (
 
 
 class GridEngineCell:
-    def __init__(self, machine: PrivateMachine) -> None:
+    """``top`` is a directory of its own.  ``user``: who runs it, and whose jobs alone it can run,
+    unless that is root.  Two on one machine need different ``ports``, of qmaster and execd."""
+
+    def __init__(
+        self,
+        machine: PrivateMachine,
+        top: Path,
+        *,
+        user: int = 0,
+        ports: tuple[int, int] = (6444, 6445),
+    ) -> None:
         self._machine = machine
-        self._top = machine.directory
+        self._top = top
+        self._user = user
+        self._administrator = pwd.getpwuid(user).pw_name if user else ADMINISTRATOR
         self._root = self._top / "root"
+        self._queues = 0
         self.environment = {
             "SGE_ROOT": str(self._root),
             "SGE_CELL": "default",
-            "SGE_QMASTER_PORT": "6444",
-            "SGE_EXECD_PORT": "6445",
+            "SGE_QMASTER_PORT": str(ports[0]),
+            "SGE_EXECD_PORT": str(ports[1]),
             # Answers of qconf are not wrapped.
             "SGE_SINGLE_LINE": "1",
         }
@@ -59,12 +74,19 @@ class GridEngineCell:
 
     def run(self, *command: str | Path, check: bool = True) -> str:
         """A command of Grid Engine as its administrator's host."""
-        return self._machine.run(*command, environment=self.environment, check=check)
+        return self._machine.run(
+            *command,
+            uid=self._user,
+            environment=self.environment,
+            directory=self._top,
+            check=check,
+        )
 
     def _make_directories(self) -> None:
         for name in DIRECTORIES:
             (self._top / name).mkdir(parents=True)
-        self._machine.run("mount", "-t", "tmpfs", "-o", "mode=1777", "scratch", SCRATCH)
+        if not self._machine.is_mounted(SCRATCH):
+            self._machine.run("mount", "-t", "tmpfs", "-o", "mode=1777", "scratch", SCRATCH)
         (self._root / "util").symlink_to(SHARED / "util")
         for name in ("bin", "utilbin", "lib"):
             (self._root / name / "lx-amd64").symlink_to(PROGRAMS)
@@ -73,14 +95,17 @@ class GridEngineCell:
         text = text.replace("/var/spool/gridengine/spooldb", str(self._top / "spool/db"))
         text = text.replace("/var/spool/gridengine/qmaster", str(self._top / "spool/qmaster"))
         text = text.replace("/usr/sbin", str(PROGRAMS))
-        (common / "bootstrap").write_text(_changed(text, {"admin_user": ADMINISTRATOR}))
+        (common / "bootstrap").write_text(_changed(text, {"admin_user": self._administrator}))
         (common / "act_qmaster").write_text(f"{self._machine.name}\n")
-        self._machine.run("chown", "-R", f"{ADMINISTRATOR}:", self._root, self._top / "spool")
+        self._machine.run("chown", "-R", f"{self._administrator}:", self._root, self._top / "spool")
 
     def _start_master(self) -> None:
         script = SHARED.parent / "gridengine/scripts/init_cluster"
-        begin = f"{script} {self._root} default {self._top}/spool/db {ADMINISTRATOR}"
-        self._machine.run("su", "-s", "/bin/sh", ADMINISTRATOR, "-c", begin)
+        self._machine.run(
+            *(script, self._root, "default", self._top / "spool/db", self._administrator),
+            uid=pwd.getpwnam(self._administrator).pw_uid,
+            directory=self._top,
+        )
         self.run("sge_qmaster")
         wait_until(self._answers, "an answer of qmaster", deadline_s=60)
         self.run("qconf", "-as", self._machine.name)
@@ -104,8 +129,12 @@ class GridEngineCell:
         self.run("sge_execd")
         quick = {"schedule_interval": "0:0:1", "flush_submit_sec": "1", "flush_finish_sec": "1"}
         self._configured("-Msconf", _changed(self.run("qconf", "-ssconf"), quick))
+        self.add_queue("all.q", {})
+        wait_until(self.is_healthy, "a queue that takes jobs", deadline_s=60)
+
+    def add_queue(self, name: str, values: dict[str, str]) -> None:
         queue = {
-            "qname": "all.q",
+            "qname": name,
             "hostlist": self._machine.name,
             "slots": "4",
             "shell": "/bin/bash",
@@ -113,14 +142,16 @@ class GridEngineCell:
             "shell_start_mode": "unix_behavior",
             "pe_list": "NONE",
             "tmpdir": SCRATCH,
+            **values,
         }
         self._configured("-Aq", _changed(self.run("qconf", "-sq"), queue))
-        wait_until(self.is_healthy, "a queue that takes jobs", deadline_s=60)
+        self._queues += 1
 
     def is_healthy(self) -> bool:
-        """The queue instance is there and in no state of error or alarm."""
-        lines = [line for line in self.run("qstat", "-f").splitlines() if line.startswith("all.q@")]
-        return len(lines) == 1 and len(lines[0].split()) == 5 and "lx-amd64" in lines[0]
+        """Each queue instance is there and in no state of error or alarm."""
+        lines = [line for line in self.run("qstat", "-f").splitlines() if ".q@" in line]
+        ready = [line for line in lines if len(line.split()) == 5 and "lx-amd64" in line]
+        return len(ready) == len(lines) == self._queues
 
     def configure(self, values: dict[str, str]) -> None:
         """Settings of the global configuration."""
