@@ -17,7 +17,7 @@ from stagefs.errors import CacheFailed, DamagedEntry
 from stagefs.model import ObjectId
 
 # Larger objects are never in segments, so the index need not be asked for them.
-PACKED_BYTES_MAX = 64 << 10
+PACKED_BYTES_MAX = 128 << 10
 
 
 class Loading:

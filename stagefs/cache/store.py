@@ -256,7 +256,8 @@ class Cache:
             item.object_id,
             validator=item.validator,
             size_bytes=len(item.data),
-            chunk_bytes=self.chunk_bytes,
+            # A record is one chunk, also where those of files are smaller.
+            chunk_bytes=max(self.chunk_bytes, PACKED_BYTES_MAX),
             mtime_ns=item.mtime_ns,
             checksum=item.checksum,
         )

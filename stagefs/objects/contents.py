@@ -12,13 +12,13 @@ from typing import TypeVar
 import trio
 
 from stagefs.cache.entry import Entry
+from stagefs.cache.packed import PackedRecord
 from stagefs.cache.store import Cache
 from stagefs.config import ReadSettings
 from stagefs.errors import CacheFailed
 from stagefs.namespace.node import Node
 from stagefs.objects.content import Content, Counters
 from stagefs.objects.volatile import VolatileBudget, VolatileEntry
-from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX
 
 _With = TypeVar("_With")
 
@@ -92,7 +92,7 @@ class Contents:
             entry = self._cache.entry(node.object_id, size_bytes=node.size_bytes)
             if entry is not None and self._cache.hold(entry):
                 # A small object was compared with its checksum before it was stored.
-                content.checksum_proved |= content.size_bytes <= WHOLE_OBJECT_BYTES_MAX
+                content.checksum_proved |= isinstance(entry, PackedRecord)
                 self._serve_from(content, entry)
         if len(self._by_key) > self._settings.open_objects_max:
             # Many at once: what cannot be closed is looked at again each time.

@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 QUEUE_MAX = 4096
 SHARED_NAME = "small"
 
-# Batches that have arrived and are still being stored: bounds what they take in memory.
+# Batches that have arrived and are still being stored, and what is in one: this bounds what they
+# take in memory.
 STORES_MAX = 4
+BATCH_BYTES_MAX = 8 << 20
 
 Arrival = tuple[Content, WholeObject]
 
@@ -133,10 +135,18 @@ class SmallFetcher:
     async def _drain(self, remote: Remote, queue: deque[Wanted]) -> None:
         try:
             while queue:
-                count = min(len(queue), self._settings.small_batch_items_max)
-                await self._batch(remote, [queue.popleft() for _ in range(count)])
+                await self._batch(remote, self._next_batch(queue))
         finally:
             self._running[id(remote)] -= 1
+
+    def _next_batch(self, queue: deque[Wanted]) -> list[Wanted]:
+        items, size_bytes = [], 0
+        while queue and len(items) < self._settings.small_batch_items_max:
+            size_bytes += queue[0].content.size_bytes
+            if items and size_bytes > BATCH_BYTES_MAX:
+                break
+            items.append(queue.popleft())
+        return items
 
     async def _batch(self, remote: Remote, items: Sequence[Wanted]) -> None:
         self._counters.batches += 1

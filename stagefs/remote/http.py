@@ -25,7 +25,13 @@ from stagefs.errors import (
     RemoteError,
 )
 from stagefs.model import Checksum, ListedEntry, ObjectInfo, Span, WholeObject
-from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
+from stagefs.remote.base import (
+    WHOLE_OBJECT_BYTES_MAX,
+    WHOLE_OBJECT_PIECE_BYTES,
+    BatchItem,
+    Results,
+    Sink,
+)
 from stagefs.remote.batch import fetch_each, too_large
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.http_access import authorization, trusting
@@ -223,7 +229,13 @@ class HttpRemote:
             if size_bytes is not None and size_bytes > WHOLE_OBJECT_BYTES_MAX:
                 raise too_large(item.url, size_bytes)
             call.answered()
-            data = response.read(WHOLE_OBJECT_BYTES_MAX + 1)
+            data = b""
+            while len(data) <= WHOLE_OBJECT_BYTES_MAX:
+                piece = response.read(WHOLE_OBJECT_PIECE_BYTES)
+                if not piece:
+                    break
+                data += piece
+                call.answered()
         if size_bytes is not None and len(data) != size_bytes:
             raise cut(item.url)
         if len(data) > WHOLE_OBJECT_BYTES_MAX:

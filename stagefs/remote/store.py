@@ -49,7 +49,13 @@ from stagefs.model import (
     WholeObject,
 )
 from stagefs.remote import aws
-from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results, Sink
+from stagefs.remote.base import (
+    WHOLE_OBJECT_BYTES_MAX,
+    WHOLE_OBJECT_PIECE_BYTES,
+    BatchItem,
+    Results,
+    Sink,
+)
 from stagefs.remote.batch import fetch_each, not_the_version, shorter, too_large
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.http_answers import TRANSIENT_STATUSES, answer_to_range, refusal
@@ -399,7 +405,10 @@ class StoreRemote:
                 raise too_large(url, info.size_bytes)
             _check_version(info, item.validator)
             call.answered()
-            data = bytes(result.bytes())
+            data = b""
+            for piece in result.stream(min_chunk_size=WHOLE_OBJECT_PIECE_BYTES):
+                data += bytes(piece)
+                call.answered()
         if len(data) != info.size_bytes:
             raise RemoteUnavailable(f"The transfer of {url} ended before the last byte: try again.")
         return WholeObject(info=info, data=data)

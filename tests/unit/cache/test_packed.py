@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stagefs.cache.entry import ABSENT, VERIFIED
+from stagefs.cache.loading import PACKED_BYTES_MAX
 from stagefs.cache.packed import SmallObject
 from stagefs.model import MIB
 from tests.unit.cache.filling import (
@@ -38,8 +39,9 @@ def place_of(directory: Path, name: str, size_bytes: int) -> tuple[Path, int]:
 
 
 def test_stored_objects_are_whole_and_verified(tmp_path: Path) -> None:
-    sizes = {"empty": 0, "one": 1, "page": 4096, "largest": 64 << 10}
-    with opened(tmp_path / "c") as cache:
+    sizes = {"empty": 0, "one": 1, "page": 4096, "largest": PACKED_BYTES_MAX}
+    # Of files; a record is one chunk all the same.
+    with opened(tmp_path / "c", chunk_bytes=64 << 10) as cache:
         entries = cache.store_small([small(name, size) for name, size in sizes.items()])
         for entry, (name, size) in zip(entries, sizes.items(), strict=True):
             assert read(entry) == content(name, size)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from stagefs.errors import (
     RemoteUnavailable,
 )
 from stagefs.model import MIB, Checksum, ChecksumKind, Span
+from stagefs.objects.small import BATCH_BYTES_MAX
+from stagefs.remote.base import WHOLE_OBJECT_BYTES_MAX, BatchItem, Results
+from stagefs.remote.memory import MemoryRemote
 from tests.unit.objects.conftest import MakeReading
 
 # What failed is asked for again only after this (conftest's settings).
@@ -116,6 +120,25 @@ async def test_a_small_file_is_fetched_whole_and_its_neighbours_ahead(
         counters = reading.objects.counters
         assert counters.small_objects == 100
         assert counters.batches < 50, "neighbours were not fetched together"
+
+
+async def test_small_files_are_not_so_many_at_once_that_memory_grows(
+    make_reading: MakeReading,
+) -> None:
+    size = WHOLE_OBJECT_BYTES_MAX
+    asked_bytes = []
+
+    class Watched(MemoryRemote):
+        async def fetch_batch(self, items: Sequence[BatchItem]) -> Results:
+            asked_bytes.append(len(items) * size)
+            return await super().fetch_batch(items)
+
+    async with make_reading(remote=Watched()) as reading:
+        nodes = [reading.stage(f"f{i:03d}", random_bytes(size, i)) for i in range(200)]
+        for i, node in enumerate(nodes):
+            assert await reading.read(node) == random_bytes(size, i)
+    assert sum(asked_bytes) == 200 * size
+    assert BATCH_BYTES_MAX // 2 < max(asked_bytes) <= BATCH_BYTES_MAX
 
 
 async def test_an_empty_object_asks_nobody(make_reading: MakeReading) -> None:
