@@ -265,8 +265,8 @@ class BatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What `stagefs prolog` and `stagefs epilog` keep to."""
 
     directory: str | None = None
-    """Where the mounts of jobs are made; None: /run/stagefs as root, else the user's runtime
-    directory."""
+    """Where the mounts of jobs are made; None: /run/stagefs as root, else "jobs" beside the
+    state directories of the job's owner."""
     prolog_deadline_s: Seconds = 300.0
     epilog_deadline_s: Seconds = 3600.0
     """Outputs that are not uploaded by then are kept, and the job is in error."""

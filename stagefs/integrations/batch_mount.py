@@ -34,7 +34,7 @@ from types import FrameType
 
 import msgspec
 
-from stagefs.config import Settings, environment
+from stagefs.config import Settings
 from stagefs.control.api import SOCKET_NAME
 from stagefs.control.client import Client, Refused
 from stagefs.control.mounts import staging_mounts
@@ -44,6 +44,7 @@ from stagefs.staging.values import SandboxState
 from stagefs.state_directory import acting_as, default_state_directory
 
 SYSTEM_DIRECTORY = Path("/run/stagefs")
+OWNERS_DIRECTORY = "jobs"
 MOUNTS, JOBS, ATTEMPTS_DIRECTORY = ".mounts", ".jobs", ".attempts"
 ATTEMPTS_KEPT_S = 7 * 24 * 3600.0
 JOB_PREFIX, STREAMS_SUFFIX = "job-", "-streams"
@@ -93,15 +94,15 @@ def ending_within(deadline_s: float, what: str) -> Iterator[None]:
 
 def mounts_directory(settings: Settings, owner: Owner) -> Path:
     """Where the mounts of jobs are made; there when this returns.  Never below $TMPDIR, which
-    batch systems remove recursively, through a mount that was left there."""
+    batch systems remove recursively, through a mount that was left there.  Nor in a user's
+    /run/user: it comes and goes with his logins, and an epilog must find what a prolog made."""
     if settings.batch.directory is not None:
         directory = Path(settings.batch.directory)
     elif os.geteuid() == 0:
         directory = SYSTEM_DIRECTORY
     else:
-        runtime = Path(environment().get("XDG_RUNTIME_DIR") or f"/run/user/{owner.uid}")
-        state = default_state_directory(runtime, settings, uid=owner.uid, variables={})
-        directory = runtime / "stagefs" if os.access(runtime, os.W_OK) else state.parent / "jobs"
+        state = default_state_directory(Path("/"), settings, uid=owner.uid, variables={})
+        directory = state.parent / OWNERS_DIRECTORY
     _make_shown(directory)
     return directory
 

@@ -102,8 +102,13 @@ class PrivateMachine:
             os.close(there)
 
     def staging_mounts(self) -> list[str]:
-        text = Path(f"/proc/{self.pid}/mountinfo").read_text()
-        return [line.split(" ")[4] for line in text.splitlines() if " fuse.stagefs " in line]
+        return [line.split(" ")[4] for line in self._mounts() if " fuse.stagefs " in line]
+
+    def is_mounted(self, place: str) -> bool:
+        return any(line.split(" ")[4] == place for line in self._mounts())
+
+    def _mounts(self) -> list[str]:
+        return Path(f"/proc/{self.pid}/mountinfo").read_text().splitlines()
 
     def programs(self, module: str) -> list[kernel.Program]:
         """Those of the machine that run a Python module."""

@@ -166,6 +166,12 @@ class Sshd:
         text = self.sftp_log.read_text() if self.sftp_log.exists() else ""
         return sum(int(n) for n in re.findall(r"close .* bytes read (\d+) written", text))
 
+    def bytes_read_of(self, name: str) -> int:
+        """As ``bytes_read``, of files whose path ends with ``/name`` (or is it)."""
+        text = self.sftp_log.read_text() if self.sftp_log.exists() else ""
+        closed = re.findall(r'close "([^"]*)" bytes read (\d+)', text)
+        return sum(int(count) for path, count in closed if f"/{path}".endswith(f"/{name}"))
+
     def requests(self, kind: str) -> int:
         """How many requests of a kind ("open", "read", "fstat", ...) a counted server got."""
         text = self.sftp_log.read_text() if self.sftp_log.exists() else ""

@@ -11,9 +11,11 @@ def wait_until(
     *,
     deadline_s: float = 20.0,
     told: Callable[[], object] = lambda: "",
+    pause_s: float = 0.01,
 ) -> None:
-    """``told``: how things stand, for whoever reads why it failed."""
+    """``told``: how things stand, for whoever reads why it failed.  ``pause_s``: between two looks,
+    longer where one starts a program."""
     pause, end = threading.Event(), time.monotonic() + deadline_s
     while not holds():
         assert time.monotonic() < end, f"{what}: not within {deadline_s:.0f} s {told()}"
-        pause.wait(0.01)
+        pause.wait(pause_s)
