@@ -24,7 +24,7 @@ prepare() {
 # Debian's own packages of batch systems, whose services are not started: the tests run them on
 # private machines. What makes and tries the relocatable tarball. And what the cluster's hosts boot.
 systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2
-         slurmctld slurmd slurm-client munge
+         slurmctld slurmd slurm-client munge sudo
          patchelf binutils mmdebstrap
          systemd iproute2)
 vagrant/provision/debian.sh "${systems[@]}"

@@ -7,8 +7,9 @@ A buffer is a directory of the job's own on a file system that this host and the
 DIRECTORY/JOB, which the job finds in STAGEFS_BB.  Sources and destinations in it are relative; what
 is staged in is there before the job starts, what is staged out leaves when its nodes are free.
 
-As root; everything below the buffer is done by a program that runs as the job's user, with his
-credentials.  Each phase can be repeated.  Not for mounts: on the nodes there is none.
+As root, or as the one user whose jobs all are; everything below the buffer is done by a program
+that runs as the job's user, with his credentials.  Each phase can be repeated.  Not for mounts: on
+the nodes there is none.
 """
 
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from stagefs.config import load_settings, load_with_sources
-from stagefs.errors import InvalidManifest, InvalidName, RemoteError, StageFSError
+from stagefs.errors import InvalidManifest, InvalidName, NotPermitted, RemoteError, StageFSError
 from stagefs.integrations.batch_mount import COMMAND, Owner, last_sentence, owner_of
 from stagefs.integrations.batch_requests import (
     INPUTS,
@@ -94,7 +95,7 @@ class BurstBuffer:
 
     def setup(self, uid: int) -> None:
         """A directory of the user's."""
-        owner = _owner(uid)
+        owner = _acted_for(_owner(uid))
         self._request()
         if not self.place.is_dir():
             self.place.mkdir(mode=0o700)
@@ -146,7 +147,7 @@ class BurstBuffer:
     def _user(self) -> Owner:
         """Whose buffer it is: nobody else than root could have said so."""
         try:
-            return _owner(self.place.lstat().st_uid)
+            return _acted_for(_owner(self.place.lstat().st_uid))
         except FileNotFoundError as exc:
             raise InvalidName(f"The buffer {self.place} is gone: submit the job again.") from exc
 
@@ -208,6 +209,18 @@ def _owner(uid: int) -> Owner:
         return owner_of(pwd.getpwuid(uid).pw_name)
     except KeyError as exc:
         raise InvalidName(f"There is no user {uid} on {socket.gethostname()}.") from exc
+
+
+def _acted_for(user: Owner) -> Owner:
+    """Raises NotPermitted: only root can act for others, and to act as somebody else would take
+    his credentials."""
+    if os.geteuid() not in (0, user.uid):
+        me = _owner(os.geteuid()).name
+        raise NotPermitted(
+            f"The buffer of {user.name}'s job cannot be served by {me}, who is SlurmUser: let"
+            " burst_buffer.lua start stagefs with sudo (mount/slurm/README.md)."
+        )
+    return user
 
 
 def run_phase(

@@ -1,11 +1,13 @@
 """A Slurm cluster on a private machine, from Debian's unmodified packages: munged, slurmctld and
-two slurmd, all of them root's, as slurmd is on a real cluster.  Jobs are an ordinary user's.
+two slurmd.  As on a real cluster slurmctld is its own user's and slurmd is root's; jobs are an
+ordinary user's.
 
 The second node has mounts and a /run of its own.
 """
 
 import contextlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +21,7 @@ SlurmctldHost={name}(127.0.0.1)
 AuthType=auth/munge
 AuthInfo=socket={top}/munge.sock
 CredType=cred/munge
-SlurmUser=root
+SlurmUser={user}
 SlurmdUser=root
 StateSaveLocation={top}/ctld
 SlurmdSpoolDir={top}/spool/%n
@@ -47,8 +49,8 @@ PartitionName=both Nodes=ALL MaxTime=INFINITE State=UP
 
 
 class SlurmCell:
-    """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it.
-    ``own_places``: directories for which the second node has another one."""
+    """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it; ``user`` is
+    SlurmUser.  ``own_places``: directories for which the second node has another one."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class SlurmCell:
         settings: Mapping[str, str],
         plugins: Mapping[str, str],
         own_places: Mapping[Path, Path],
+        user: str,
     ) -> None:
         self._machine = machine
         self._top = machine.directory
@@ -64,12 +67,16 @@ class SlurmCell:
         self.environment = {"SLURM_CONF": str(self._top / "slurm.conf")}
         for name in DIRECTORIES:
             (self._top / name).mkdir(mode=0o755)
+        for name in ("ctld", "log"):
+            shutil.chown(self._top / name, user)
         lines = [
             f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={17001 + number}"
             " CPUs=4 State=UNKNOWN"
             for number, node in enumerate(NODES)
         ]
-        text = CONFIGURATION.format(top=self._top, name=machine.name, nodes="\n".join(lines))
+        text = CONFIGURATION.format(
+            top=self._top, name=machine.name, nodes="\n".join(lines), user=user
+        )
         text += "".join(f"{name}={value}\n" for name, value in settings.items())
         (self._top / "slurm.conf").write_text(text)
         for name, content in plugins.items():

@@ -1,10 +1,12 @@
 """Slurm itself, from Debian's packages: `stagefs prolog`, `task-prolog` and `epilog` stage for its
-jobs, with nginx and sshd as other hosts (L1 to L5).  slurmd is root's; jobs are an ordinary user's.
+jobs, with nginx and sshd as other hosts (L1 to L5).  slurmd is root's, slurmctld its own user's;
+jobs are an ordinary user's.
 """
 
 import dataclasses
 import hashlib
 import os
+import pwd
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a private machine needs root"),
 ]
 SHIPPED = CHECKOUT / "mount/slurm"
+SLURM_USER = "slurm"
 SETTLED_S = 60.0
 
 
@@ -135,12 +138,13 @@ def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Ite
         shutil.chown(sshd.identity, NOBODY, NOBODY)
         hooks = install(machine, all_identities["root"].bin, settings(top, sshd))
         (top / "buffers").mkdir(mode=0o755)
-        script = burst_buffer(all_identities["root"].bin, top)
+        script = burst_buffer(machine, all_identities["root"].bin, top)
         cell = SlurmCell(
             machine,
             settings=hooks,
             plugins={"burst_buffer.lua": script},
             own_places={top / "state": top / "node2-state"},
+            user=SLURM_USER,
         )
         yield Cluster(machine, cell, nginx, sshd, top / "data", top / "home")
         for server in servers:
@@ -187,11 +191,21 @@ def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dic
     return lines
 
 
-def burst_buffer(programs: Path, top: Path) -> str:
-    """The script that is shipped, with what an administrator writes into it."""
+def burst_buffer(machine: PrivateMachine, programs: Path, top: Path) -> str:
+    """The script that is shipped, with what an administrator writes into it where SlurmUser is not
+    root; and the line of sudoers that the README asks for."""
+    (line,) = re.findall(r"(?m)^ *(\S+ ALL=.*)$", (SHIPPED / "README.md").read_text())
+    assert line.startswith(f"{SLURM_USER} ")
+    rule = top / "sudoers"
+    rule.write_text(line.replace("/usr/local/bin/stagefs", f"{programs}/stagefs") + "\n")
+    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "rules", "/etc/sudoers.d")
+    machine.run("install", "-m", "440", rule, "/etc/sudoers.d/stagefs")
     text = (SHIPPED / "burst_buffer.lua").read_text()
     for old, new in (
-        ('program = "/usr/local/bin/stagefs"', f'program = "{programs}/stagefs"'),
+        (
+            'program = "/usr/local/bin/stagefs"',
+            f'program = "/usr/bin/sudo -n {programs}/stagefs"',
+        ),
         ('buffers = "/scratch/stagefs"', f'buffers = "{top}/buffers"'),
         ("quoted(buffers) ..", f'quoted(buffers) .. " --config {top}/stagefs.conf" ..'),
     ):
@@ -408,10 +422,46 @@ def test_a_burst_buffer_is_staged_in_before_the_job_and_out_after_it(cluster: Cl
     )
     assert (cluster.data / "out/result-1").read_text() == "before\n"
     assert (cluster.data / "out/result-2").read_text() == "two\n"
+    config = cluster.cell.run("scontrol", "show", "config")
+    assert re.search(rf"(?m)^SlurmUser *= {SLURM_USER}\(", config), config
     owner, listed = cluster.output(job).splitlines()
     assert owner == "nobody"
     assert "No such file" in listed, "it was staged out before the end"
     assert cluster.cell.job(job)["JobState"] == "COMPLETED"
+
+
+def test_a_burst_buffer_is_nobody_elses_to_serve(
+    cluster: Cluster, all_identities: dict[str, Identity]
+) -> None:
+    """As SlurmUser where he may not use sudo; and as the one user whose cluster it is."""
+    directory = cluster.home / "own-buffers"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    (cluster.data / "own in").write_text("own\n")
+    script = cluster.home / "own.sh"
+    script.write_text(
+        f"#BB_LUA stagefs stage_in source={cluster.url('own in')} destination=in\n"
+        f"#BB_LUA stagefs stage_out source=in destination={cluster.url('own-out')}\n"
+    )
+    program = all_identities["root"].bin / "stagefs"
+
+    def phase(name: str, uid: int, *words: str) -> str:
+        return cluster.machine.run(
+            *(program, "burst-buffer", name, "--job", "7", "--script", script),
+            *("--directory", directory, "--config", cluster.machine.directory / "stagefs.conf"),
+            *words,
+            uid=uid,
+            check=False,
+        ).strip()
+
+    refused = phase("setup", pwd.getpwnam(SLURM_USER).pw_uid, "--uid", str(NOBODY))
+    assert "The buffer of nobody's job cannot be served by slurm" in refused
+    assert list(directory.iterdir()) == []
+    assert phase("setup", NOBODY, "--uid", str(NOBODY)) == "ok"
+    for name in ("data-in", "data-out", "teardown"):
+        assert phase(name, NOBODY) == "ok"
+    assert (cluster.data / "own-out").read_text() == "own\n"
+    assert list(directory.iterdir()) == []
 
 
 def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
