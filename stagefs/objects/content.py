@@ -61,13 +61,15 @@ class ReadableEntry(Protocol):
 
 
 class Failure:
-    """Why a chunk cannot be had, and until when (trio clock) nobody need ask again."""
+    """Why a chunk cannot be had, when that was found, and until when nobody need ask again (trio's
+    clock)."""
 
-    __slots__ = ("error", "until")
+    __slots__ = ("error", "found", "until")
 
-    def __init__(self, error: StageFSError, until: float) -> None:
+    def __init__(self, error: StageFSError, *, found: float, hold_s: float) -> None:
         self.error = error
-        self.until = until
+        self.found = found
+        self.until = found + hold_s
 
 
 class Content:

@@ -6,6 +6,7 @@ it that others wait for.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import trio
@@ -199,9 +200,9 @@ class Fetcher:
             self._changed(content)
             content.wake_all()
             return
-        until = trio.current_time() + self._settings.failure_hold_s
+        failure = self._failure(error)
         for chunk in chunks:
-            content.failures[chunk] = Failure(error, until)
+            content.failures[chunk] = failure
 
     def given_up(self, content: Content, span: Span, error: StageFSError) -> None:
         """A reader's deadline passed.  The kernel asks again for what its read-ahead did not get:
@@ -211,18 +212,24 @@ class Fetcher:
         log.log(error.log_level, "%s", error)
         waited_for = content.first_unreadable(span) if content.serving is not None else 0
         if waited_for is not None:
-            until = trio.current_time() + self._settings.failure_hold_s
-            content.failures[waited_for] = Failure(error, until)
+            content.failures[waited_for] = self._failure(error)
+
+    def _failure(self, error: StageFSError) -> Failure:
+        hold_s = self._settings.failure_hold_s
+        return Failure(error, found=trio.current_time(), hold_s=hold_s)
 
     # Failures that readers meet
 
-    def raise_failure(self, content: Content, chunk: int) -> None:
-        """Raise why ``chunk`` cannot be had, when that was found out a moment ago."""
+    def raise_failure(
+        self, content: Content, chunk: int, *, waited_since: float = math.inf
+    ) -> None:
+        """Raise why ``chunk`` cannot be had, when that was found out a moment ago, or since the
+        caller waits for it: however short failures are held, nobody who waited asks again."""
         if content.changed is not None:
             raise content.changed
         failure = content.failures.get(chunk)
         if failure is None:
             return
-        if trio.current_time() < failure.until:
+        if trio.current_time() < failure.until or failure.found >= waited_since:
             raise failure.error
         del content.failures[chunk]

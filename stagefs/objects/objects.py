@@ -7,6 +7,7 @@ again from the node when a read comes for an unknown one.
 """
 
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -224,6 +225,7 @@ class Objects:
 
     async def _read(self, content: Content, ahead: ReadAhead, span: Span) -> memoryview | bytes:
         wanted = ahead.wanted(span)
+        waited_since = math.inf
         while True:
             await self._preparing.entry(content)
             if content.whole is not None:
@@ -232,6 +234,11 @@ class Objects:
                 self._fetcher.raise_failure(content, 0)
                 await self._sharing.run(content, "prove", self._prove)
             chunk = content.first_unreadable(span)
+            entry = content.entry
+            assert entry is not None
+            if chunk is not None and entry.state[chunk] == ABSENT:
+                self._fetcher.raise_failure(content, chunk, waited_since=waited_since)
+                waited_since = min(waited_since, trio.current_time())
             if content.changed is None:
                 self._fetcher.plan(content, wanted, urgent=span)
             self._verify(content, wanted)
@@ -240,16 +247,11 @@ class Objects:
                 if data is not None:
                     return data
                 continue
-            entry = content.entry
-            assert entry is not None
             if entry.state[chunk] == PRESENT and chunk not in content.to_verify:
                 await content.shared["verify"].wait()
             elif entry.state[chunk] == PRESENT:
                 await content.wait(chunk)
             else:
-                self._fetcher.raise_failure(content, chunk)
-                if chunk not in content.flights:
-                    self._fetcher.plan(content, span, urgent=span)
                 await content.wait(chunk)
 
     async def _pread(self, content: Content, span: Span) -> memoryview | bytes | None:
@@ -338,7 +340,8 @@ class Objects:
         self._contents.start_again(content)
         if self.replicas.blame(content):
             return False
-        content.failures[0] = Failure(error, trio.current_time() + self._settings.failure_hold_s)
+        hold_s = self._settings.failure_hold_s
+        content.failures[0] = Failure(error, found=trio.current_time(), hold_s=hold_s)
         raise error
 
     async def _fetch_whole(self, content: Content, progress: Callable[[int], None]) -> None:
@@ -357,6 +360,7 @@ class Objects:
     ) -> None:
         """The same for the first ``count`` bytes, of which so many are asked for ahead."""
         wanted = Span(0, count)
+        waited_since = math.inf
         while True:
             entry = content.entry
             if entry is None:
@@ -373,7 +377,8 @@ class Objects:
                 self._verify(content, window)
                 await content.shared["verify"].wait()
                 continue
-            self._fetcher.raise_failure(content, chunk)
+            self._fetcher.raise_failure(content, chunk, waited_since=waited_since)
+            waited_since = min(waited_since, trio.current_time())
             self._fetcher.plan(content, window, urgent=span)
             await content.wait(chunk)
 

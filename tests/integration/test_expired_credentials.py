@@ -76,6 +76,31 @@ def test_a_password_of_netrc_is_replaced(
         shows_no_secret(mount, PASSWORD, OLD_SECRET, paths=("staging/a", "staging/b"))
 
 
+def test_a_refusal_ends_a_read_however_short_failures_are_held(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path
+) -> None:
+    with running_nginx(served_directory) as nginx:
+        web = HttpServed(nginx)
+        mount = new_mount(anybody, "--set", "read.failure_hold_s=0", mounted=False)
+        netrc = private_file(mount, "netrc", f"machine 127.0.0.1 login {USER} password {PASSWORD}")
+        mount.environment = {"NETRC": str(netrc)}
+        mount.mount()
+        for name in ("large", "small", "gone"):
+            web.put(name, bytes(1000 if name == "small" else 1_000_000))
+            mount.stage_in(web.private_url(name), name)
+        web.remove("gone")
+        private_file(mount, "netrc", f"machine 127.0.0.1 login {USER} password {OLD_SECRET}")
+        for name in ("large", "small"):
+            refusal(mount, f"staging/{name}")
+        private_file(mount, "netrc", f"machine 127.0.0.1 login {USER} password {PASSWORD}")
+        done = mount.run("cat", "MNT/staging/gone", check=False)
+        assert b"No such file" in done.stderr
+        # The kernel asks again for what its read-ahead did not get.
+        refused = [asked.uri for asked in nginx.asked() if asked.status in (401, 404)]
+        assert 3 <= len(refused) <= 12, refused
+        assert mount.read("staging/large") == bytes(1_000_000)
+
+
 def test_keys_of_a_profile_are_replaced(
     anybody: Identity, new_mount: MakeMount, served_directory: Path, gateway: SharedGateway
 ) -> None:
