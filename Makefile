@@ -15,8 +15,8 @@ setup: ## Debian packages (where root or sudo is at hand) and .venv with StageFS
 demo: setup ## three tasks share one remote input that is fetched once; checks what it claims
 	@$(BIN)/python tools/demo/demo.py
 
-test: setup ## the whole test suite; ARGS='-k name' is handed to pytest
-	@$(BIN)/pytest $(ARGS)
+test: setup ## the whole test suite, in several processes; ARGS='-k name' is handed to pytest
+	@$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 test-systems: setup ## RADICAL-Pilot and Parsl themselves on a mount, installed into .venvs; ARGS as above
 	@tools/test_systems.sh $(ARGS)

@@ -24,6 +24,7 @@ from stagefs.supervisor.options import Options
 from stagefs.supervisor.record import Record
 from stagefs.supervisor.repetitions import drop_answered_notes
 from stagefs.supervisor.standby import Standby
+from stagefs.supervisor.waiting import Waiting
 from stagefs.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("stagefs.supervisor")
@@ -57,14 +58,7 @@ class Supervisor:
         self._output = output
         self._tell_ready = tell_ready
         self._as_owner = as_owner
-        self._wake, wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        self._stop_reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._note_stop)
-        signal.signal(signal.SIGCHLD, _note_nothing)
+        self._waiting = Waiting()
         self._lifetime = options.lifetime
         self._failures = 0
         self._backoff = Backoff()
@@ -73,8 +67,9 @@ class Supervisor:
         self._handed_over = False
         self._standby = Standby(self._new_daemon, after_s=options.standby_after_s)
 
-    def _note_stop(self, number: int, _frame: object) -> None:
-        self._stop_reason = f"{signal.Signals(number).name} received"
+    @property
+    def _stop_reason(self) -> str | None:
+        return self._waiting.stop_reason
 
     def _is_stopping(self) -> bool:
         return self._stop_reason is not None
@@ -478,15 +473,9 @@ class Supervisor:
         Returns which of the watched have something to say.
         """
         self._service.alive()
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        for fd in watched:
-            poll.register(fd, select.POLLIN)
-        ready = dict(poll.poll(timeout_s * 1000))
-        if self._wake in ready:
-            os.read(self._wake, 4096)
+        ready = self._waiting.once(*watched, timeout_s=timeout_s)
         reap_late()
-        return set(ready)
+        return ready
 
     def _facts(self) -> dict[str, object]:
         return {
@@ -503,7 +492,3 @@ class Supervisor:
         except OSError as exc:
             os.ftruncate(self._output, 0)
             log.warning("what this log held before could not be kept: %s", exc.strerror)
-
-
-def _note_nothing(_number: int, _frame: object) -> None:
-    """SIGCHLD only has to wake the loop."""
