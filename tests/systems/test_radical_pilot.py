@@ -1,7 +1,9 @@
 """RADICAL-Pilot itself, unmodified, its pilots and tasks on a mount (S1 to S6, S8, S9, D1, D3)."""
 
+import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from tests.support import kernel
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted, sha256
-from tests.support.nginx import Nginx
+from tests.support.nginx import Nginx, running_nginx
 from tests.support.served import content, serving
 from tests.support.waiting import wait_until
 from tests.systems.conftest import PROGRAMS, System, installed
@@ -74,8 +76,45 @@ def test_its_own_example_runs_in_the_mount(radical: System, mount: Mounted) -> N
     assert {f"{pilot}/task.{number:06}" for number in range(EXAMPLE_TASKS)} <= names
 
 
-def test_staging_scheme_is_the_namespace_again(radical: System, mount: Mounted) -> None:
-    answer = answer_of(radical, "shared_input", mount.point)
+@dataclasses.dataclass(frozen=True)
+class OnePilot:
+    """What tasks of one pilot found on a mount, which is still there."""
+
+    mount: Mounted
+    nginx: Nginx
+    answers: Any
+
+
+COLD = content(700_000)
+
+
+@pytest.fixture(scope="module", params=("root", "user") if os.geteuid() == 0 else ("user",))
+def one_pilot(
+    request: pytest.FixtureRequest,
+    session_directory: Path,
+    all_identities: dict[str, Identity],
+) -> Iterator[OnePilot]:
+    identity = all_identities[request.param]
+    top = identity.directory(session_directory / f"radical-{identity.name}")
+    (top / "served").mkdir()
+    mount = Mounted(identity, identity.directory(top / "mnt"), top / "state", {}, ())
+    radical = installed("radical.pilot", identity, top)
+    with running_nginx(top / "served") as nginx:
+        for name in ("read", "unread"):
+            (nginx.root / name).write_bytes(COLD)
+        try:
+            mount.mount()
+            mount.run("touch", "MNT/staging/a b")
+            url = nginx.url("").rstrip("/")
+            yield OnePilot(mount, nginx, answer_of(radical, "on_one_pilot", mount.point, url))
+            radical.check_nothing_is_left(mount)
+        finally:
+            mount.at_end()
+    assert not kernel.programs_of(top)
+
+
+def test_staging_scheme_is_the_namespace_again(one_pilot: OnePilot) -> None:
+    mount, answer = one_pilot.mount, one_pilot.answers["shared_input"]
     assert states(answer) == {"DONE"}, answer
     assert {task["stdout"] for task in answer["tasks"]} == {"the shared input\n"}
     assert answer["fetched"] == "the shared input\n"
@@ -93,23 +132,19 @@ def test_staging_scheme_is_the_namespace_again(radical: System, mount: Mounted) 
         assert path in names, "the task's directory is no sandbox"
 
 
-def test_ten_tasks_link_one_cold_object(radical: System, mount: Mounted, nginx: Nginx) -> None:
-    data = content(700_000)
-    for name in ("read", "unread"):
-        (nginx.root / name).write_bytes(data)
-    answer = answer_of(radical, "cold_objects", mount.point, nginx.url("").rstrip("/"))
+def test_ten_tasks_link_one_cold_object(one_pilot: OnePilot) -> None:
+    mount, answer = one_pilot.mount, one_pilot.answers["cold_objects"]
     assert states(answer) == {"DONE"}, answer
     told = sorted(task["stdout"].strip() for task in answer["tasks"])
-    assert told == ["", *[f"{sha256(data)}  read"] * 9]
-    gets = [asked.uri for asked in nginx.asked() if asked.method == "GET"]
+    assert told == ["", *[f"{sha256(COLD)}  read"] * 9]
+    gets = [asked.uri for asked in one_pilot.nginx.asked() if asked.method == "GET"]
     assert gets == ["/plain/read"]
     for name in ("read", "unread"):
         assert int(mount.run("stat", "-c", "%h", f"MNT/staging/{name}").stdout) == 11
 
 
-def test_missing_inputs_are_told(radical: System, mount: Mounted) -> None:
-    mount.run("touch", "MNT/staging/a b")
-    answer = answer_of(radical, "missing_inputs", mount.point)
+def test_missing_inputs_are_told(one_pilot: OnePilot) -> None:
+    answer = one_pilot.answers["missing_inputs"]
     linking, blank = answer["tasks"]
     assert linking["state"] == "FAILED"
     assert "staging:///absent" in linking["exception"]
@@ -167,8 +202,8 @@ def test_sandboxes_and_outputs_when_the_session_ends(
         }
 
 
-def test_pilots_that_span_nodes_are_refused(radical: System, mount: Mounted) -> None:
-    answer = answer_of(radical, "many_nodes", mount.point)
+def test_pilots_that_span_nodes_are_refused(one_pilot: OnePilot) -> None:
+    mount, answer = one_pilot.mount, one_pilot.answers["many_nodes"]
     for told in (answer["nodes"], answer["cores"]):
         assert f"{mount.point} is there on one only" in told, answer
     assert "2 nodes" in answer["nodes"]

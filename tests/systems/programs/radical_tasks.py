@@ -18,7 +18,9 @@ TASKS_TIMEOUT_S = 240
 
 
 @contextlib.contextmanager
-def running_pilot(*, cleanup: bool = False) -> "Iterator[tuple[rp.Pilot, rp.TaskManager]]":
+def running_pilot(
+    *, cleanup: bool = False
+) -> "Iterator[tuple[rp.PilotManager, rp.Pilot, rp.TaskManager]]":
     session = rp.Session()
     try:
         pilots = rp.PilotManager(session=session)
@@ -29,7 +31,7 @@ def running_pilot(*, cleanup: bool = False) -> "Iterator[tuple[rp.Pilot, rp.Task
         pilot = pilots.submit_pilots(description)
         tasks = rp.TaskManager(session=session)
         tasks.add_pilots(pilot)
-        yield pilot, tasks
+        yield pilots, pilot, tasks
     finally:
         session.close()
 
@@ -59,99 +61,106 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
-def shared_input(mountpoint: str) -> dict[str, object]:
+def on_one_pilot(mountpoint: str, url: str) -> dict[str, object]:
+    """What needs no pilot of its own: one takes longer to begin than all of this takes."""
+    radical_pilot.install(mountpoint)
+    with running_pilot() as (pilots, pilot, manager):
+        return {
+            "shared_input": shared_input(pilot, manager),
+            "cold_objects": cold_objects(pilot, manager, url),
+            "missing_inputs": missing_inputs(pilot, manager),
+            "many_nodes": many_nodes(pilots),
+        }
+
+
+def shared_input(pilot: "rp.Pilot", manager: "rp.TaskManager") -> dict[str, object]:
     """The example of the first papers: shared input in staging:///, linked into each task."""
     Path("input.dat").write_text("the shared input\n")
-    radical_pilot.install(mountpoint)
-    with running_pilot() as (pilot, manager):
-        pilot.stage_in(
-            {
-                "source": "client:///input.dat",
-                "target": "staging:///input.dat",
-                "action": rp.TRANSFER,
-            }
-        )
-        descriptions = []
-        for number in range(6):
-            description = rp.TaskDescription()
-            description.executable = "/bin/cat"
-            description.arguments = ["input.dat"]
-            description.input_staging = {
-                "source": "staging:///input.dat",
-                "target": "task:///input.dat",
-                "action": rp.LINK,
-            }
-            description.output_staging = {
-                "source": "task:///STDOUT",
-                "target": f"staging:///out/{number}",
-                "action": rp.LINK,
-            }
-            description.stdout = "STDOUT"
-            descriptions.append(description)
-        # The string form is always a TRANSFER.
-        copying = rp.TaskDescription()
-        copying.executable = "/bin/cat"
-        copying.arguments = ["copied.dat"]
-        copying.input_staging = ["staging:///input.dat > copied.dat"]
-        answer = finished(manager, manager.submit_tasks([*descriptions, copying]))
-        pilot.stage_out(
-            {
-                "source": "staging:///out/0",
-                "target": "client:///fetched",
-                "action": rp.TRANSFER,
-            }
-        )
+    pilot.stage_in(
+        {
+            "source": "client:///input.dat",
+            "target": "staging:///input.dat",
+            "action": rp.TRANSFER,
+        }
+    )
+    descriptions = []
+    for number in range(6):
+        description = rp.TaskDescription()
+        description.executable = "/bin/cat"
+        description.arguments = ["input.dat"]
+        description.input_staging = {
+            "source": "staging:///input.dat",
+            "target": "task:///input.dat",
+            "action": rp.LINK,
+        }
+        description.output_staging = {
+            "source": "task:///STDOUT",
+            "target": f"staging:///out/{number}",
+            "action": rp.LINK,
+        }
+        description.stdout = "STDOUT"
+        descriptions.append(description)
+    # The string form is always a TRANSFER.
+    copying = rp.TaskDescription()
+    copying.executable = "/bin/cat"
+    copying.arguments = ["copied.dat"]
+    copying.input_staging = ["staging:///input.dat > copied.dat"]
+    answer = finished(manager, manager.submit_tasks([*descriptions, copying]))
+    pilot.stage_out(
+        {
+            "source": "staging:///out/0",
+            "target": "client:///fetched",
+            "action": rp.TRANSFER,
+        }
+    )
     return {"tasks": answer, "fetched": Path("fetched").read_text()}
 
 
-def cold_objects(mountpoint: str, url: str) -> dict[str, object]:
+def cold_objects(pilot: "rp.Pilot", manager: "rp.TaskManager", url: str) -> dict[str, object]:
     """``url``: a directory with the objects read and unread."""
-    radical_pilot.install(mountpoint)
-    with running_pilot() as (pilot, manager):
-        for name in ("read", "unread"):
-            pilot.stage_in(
-                {"source": f"{url}/{name}", "target": f"staging:///{name}", "action": rp.TRANSFER}
-            )
-        descriptions = []
-        for number in range(10):
-            description = rp.TaskDescription()
-            description.executable = "/bin/true" if number == 9 else "/usr/bin/sha256sum"
-            description.arguments = ["read"]
-            description.input_staging = [
-                {"source": f"staging:///{name}", "target": f"task:///{name}", "action": rp.LINK}
-                for name in ("read", "unread")
-            ]
-            descriptions.append(description)
-        return {"tasks": finished(manager, manager.submit_tasks(descriptions))}
+    for name in ("read", "unread"):
+        pilot.stage_in(
+            {"source": f"{url}/{name}", "target": f"staging:///{name}", "action": rp.TRANSFER}
+        )
+    descriptions = []
+    for number in range(10):
+        description = rp.TaskDescription()
+        description.executable = "/bin/true" if number == 9 else "/usr/bin/sha256sum"
+        description.arguments = ["read"]
+        description.input_staging = [
+            {"source": f"staging:///{name}", "target": f"task:///{name}", "action": rp.LINK}
+            for name in ("read", "unread")
+        ]
+        descriptions.append(description)
+    return {"tasks": finished(manager, manager.submit_tasks(descriptions))}
 
 
-def missing_inputs(mountpoint: str) -> dict[str, object]:
-    radical_pilot.install(mountpoint)
-    with running_pilot() as (pilot, manager):
+def missing_inputs(pilot: "rp.Pilot", manager: "rp.TaskManager") -> dict[str, object]:
+    before = len(manager.list_tasks())
 
-        def described(**directive: object) -> "rp.TaskDescription":
-            description = rp.TaskDescription()
-            description.executable = "/bin/true"
-            description.input_staging = directive
-            return description
+    def described(**directive: object) -> "rp.TaskDescription":
+        description = rp.TaskDescription()
+        description.executable = "/bin/true"
+        description.input_staging = directive
+        return description
 
-        linking = described(source="staging:///absent", target="task:///x", action=rp.LINK)
-        copying = described(source="staging:///absent", target="task:///x", action=rp.COPY)
-        by_string = rp.TaskDescription()
-        by_string.executable = "/bin/true"
-        by_string.input_staging = ["x < staging:///absent"]
-        cut = described(source="staging:///a#b", target="task:///x", action=rp.LINK)
-        blank = described(source="staging:///a b", target="task:///x", action=rp.LINK)
-        shared = {"source": "client:///absent", "target": "staging:///y", "action": rp.TRANSFER}
-        refused = {
-            "copy": refusal(lambda: manager.submit_tasks(copying)),
-            "string": refusal(lambda: manager.submit_tasks([by_string])),
-            "cut": refusal(lambda: manager.submit_tasks(cut)),
-            "stage_in": refusal(lambda: pilot.stage_in(shared)),
-        }
-        submitted = len(manager.list_tasks())
-        tasks = manager.submit_tasks([linking, blank])
-        return {"refused": refused, "submitted": submitted, "tasks": finished(manager, tasks)}
+    linking = described(source="staging:///absent", target="task:///x", action=rp.LINK)
+    copying = described(source="staging:///absent", target="task:///x", action=rp.COPY)
+    by_string = rp.TaskDescription()
+    by_string.executable = "/bin/true"
+    by_string.input_staging = ["x < staging:///absent"]
+    cut = described(source="staging:///a#b", target="task:///x", action=rp.LINK)
+    blank = described(source="staging:///a b", target="task:///x", action=rp.LINK)
+    shared = {"source": "client:///absent", "target": "staging:///y", "action": rp.TRANSFER}
+    refused = {
+        "copy": refusal(lambda: manager.submit_tasks(copying)),
+        "string": refusal(lambda: manager.submit_tasks([by_string])),
+        "cut": refusal(lambda: manager.submit_tasks(cut)),
+        "stage_in": refusal(lambda: pilot.stage_in(shared)),
+    }
+    submitted = len(manager.list_tasks()) - before
+    tasks = manager.submit_tasks([linking, blank])
+    return {"refused": refused, "submitted": submitted, "tasks": finished(manager, tasks)}
 
 
 def printing(staged: str, *, target: str, action: str) -> "rp.TaskDescription":
@@ -173,7 +182,7 @@ def printing(staged: str, *, target: str, action: str) -> "rp.TaskDescription":
 def ends(mountpoint: str) -> dict[str, object]:
     """``out`` in the namespace is bound to a remote; ``wrong`` cannot be fetched."""
     radical_pilot.install(mountpoint)
-    with running_pilot() as (_pilot, manager):
+    with running_pilot() as (_, _, manager):
         descriptions = [
             printing("staging:///input.dat", target=f"staging:///out/{number}", action=rp.LINK)
             for number in range(2)
@@ -183,34 +192,29 @@ def ends(mountpoint: str) -> dict[str, object]:
             lambda: manager.submit_tasks(printing("staging:///wrong", target="", action=rp.COPY))
         )
         answer = finished(manager, manager.submit_tasks(descriptions))
-    with running_pilot(cleanup=True) as (_pilot, manager):
+    with running_pilot(cleanup=True) as (_, _, manager):
         cleaned = printing("staging:///input.dat", target="staging:///cleaned", action=rp.LINK)
         cleaned_answer = finished(manager, [manager.submit_tasks(cleaned)])
     return {"tasks": answer, "cleaned": cleaned_answer, "refused": refused}
 
 
-def many_nodes(mountpoint: str) -> dict[str, object]:
-    radical_pilot.install(mountpoint)
-    session = rp.Session()
-    try:
-        pilots = rp.PilotManager(session=session)
+def many_nodes(pilots: "rp.PilotManager") -> dict[str, object]:
+    before = len(pilots.list_pilots())
 
-        def told_of(**words: object) -> str:
-            description = rp.PilotDescription({"runtime": 15, **words})
-            return refusal(lambda: pilots.submit_pilots(description))
+    def told_of(**words: object) -> str:
+        description = rp.PilotDescription({"runtime": 15, **words})
+        return refusal(lambda: pilots.submit_pilots(description))
 
-        return {
-            "nodes": told_of(resource="local.localhost", nodes=2),
-            "cores": told_of(resource="nersc.perlmutter", cores=100_000, project="p", queue="q"),
-            "pilots": len(pilots.list_pilots()),
-        }
-    finally:
-        session.close()
+    return {
+        "nodes": told_of(resource="local.localhost", nodes=2),
+        "cores": told_of(resource="nersc.perlmutter", cores=100_000, project="p", queue="q"),
+        "pilots": len(pilots.list_pilots()) - before,
+    }
 
 
 def zero_code(mountpoint: str) -> dict[str, object]:
     """Nothing of StageFS but paths."""
-    with running_pilot() as (_pilot, manager):
+    with running_pilot() as (_, _, manager):
         staged = f"file://localhost{mountpoint}/staging"
         descriptions = [
             printing(f"{staged}/input.dat", target=f"{staged}/out/{number}", action=rp.LINK)
@@ -221,7 +225,7 @@ def zero_code(mountpoint: str) -> dict[str, object]:
 
 def own_mount(mountpoint: str, url: str) -> dict[str, object]:
     """The pilot mounts, so it is installed when the pilot is there."""
-    with running_pilot() as (pilot, manager):
+    with running_pilot() as (_, pilot, manager):
         pilot.wait(state=[rp.PMGR_ACTIVE, rp.FAILED], timeout=120)
         radical_pilot.install(mountpoint)
         pilot.stage_in({"source": url, "target": "staging:///input.dat", "action": rp.TRANSFER})
@@ -233,11 +237,8 @@ def own_mount(mountpoint: str, url: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     cases: dict[str, Callable[..., dict[str, object]]] = {
-        "shared_input": shared_input,
-        "cold_objects": cold_objects,
-        "missing_inputs": missing_inputs,
+        "on_one_pilot": on_one_pilot,
         "ends": ends,
-        "many_nodes": many_nodes,
         "zero_code": zero_code,
         "own_mount": own_mount,
     }
