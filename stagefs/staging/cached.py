@@ -211,7 +211,10 @@ class CacheOperations:
             for row in left:
                 progress(Progress("verifying", position.bytes_read, total))
                 position = await self._verify_row(row, position)
-                await trio.to_thread.run_sync(file.write_now_and_then, position)
+                if file.is_due:
+                    await trio.to_thread.run_sync(file.write, position)
+                else:
+                    await trio.lowlevel.checkpoint()
         except BaseException:  # the command was stopped, or the mount is; it goes on
             file.write(position)
             raise

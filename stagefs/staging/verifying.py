@@ -41,9 +41,9 @@ class PositionFile:
             return msgspec.json.decode(self._path.read_bytes(), type=Position)
         return Position()
 
-    def write_now_and_then(self, position: Position) -> None:
-        if time.monotonic() - self._written_s >= WRITTEN_EVERY_S:
-            self.write(position)
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._written_s >= WRITTEN_EVERY_S
 
     def write(self, position: Position) -> None:
         """Where the disk takes nothing, a verify begins anew the next time."""
