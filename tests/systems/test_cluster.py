@@ -200,6 +200,27 @@ def test_systemd_looks_after_the_mount(cluster: Cluster) -> None:
     assert host.run("systemctl", "--failed", "--plain", "--no-legend") == ""
 
 
+def test_a_users_own_systemd_mounts(cluster: Cluster) -> None:
+    host, unit = cluster.hosts["node1"], "stagefs-user@home-pilot-stage"
+    digest = cluster.serve("own")
+    text = (CHECKOUT / "mount/systemd/stagefs-user@.service").read_bytes()
+    host.write("/etc/systemd/user/stagefs-user@.service", text)
+    uid = cluster.user("node1", "id -u").strip()
+    # As logging in does.
+    host.run("systemctl", "start", f"user@{uid}.service")
+    own = f"export XDG_RUNTIME_DIR=/run/user/{uid}; systemctl --user"
+    cluster.user("node1", f"mkdir stage; {own} start {unit}")
+    script = (
+        "stagefs stage-in http://storage/own staging:///own --mount ~/stage"
+        " && sha256sum ~/stage/staging/own"
+    )
+    assert digest in cluster.user("node1", script)
+    assert f"{unit}.service" in cluster.user("node1", f"{own} --plain list-units 'stagefs*'")
+    cluster.user("node1", f"{own} stop {unit}")
+    mounts = host.run("findmnt", "-n", "-t", "fuse.stagefs", "-o", "TARGET")
+    assert mounts.split() == [STAGE], "root's mount is another"
+
+
 def test_vagrant_takes_the_file(tmp_path: Path) -> None:
     if shutil.which("vagrant") is None:
         pytest.skip("vagrant is not installed")
