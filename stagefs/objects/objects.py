@@ -18,7 +18,7 @@ import trio
 from stagefs.cache.store import Cache
 from stagefs.config import ReadSettings
 from stagefs.errors import CacheFailed, DeadlineExceeded, RemoteError
-from stagefs.model import ObjectInfo, Span
+from stagefs.model import Inode, ObjectInfo, Span
 from stagefs.namespace.node import Node
 from stagefs.namespace.store import Namespace
 from stagefs.objects.asking import Asking
@@ -184,6 +184,10 @@ class Objects:
         content = self._contents.get(node.object_id.key)
         if content is not None:
             content.changed = None
+
+    def listed(self, directory: Inode) -> None:
+        """The names of a bound directory became known."""
+        self._preparing.listed(directory)
 
     # Reading
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from stagefs.cache.entry import Entry
 from stagefs.errors import CacheFailed, ObjectChanged, StageFSError
-from stagefs.model import ObjectInfo, WholeObject
+from stagefs.model import Inode, ObjectInfo, WholeObject
 from stagefs.namespace.node import Node
 from stagefs.namespace.store import Namespace
 from stagefs.objects.content import Content
@@ -121,6 +121,11 @@ class Preparing:
         if content.place is not None and self._walks is not None:
             place, content.place = content.place, None
             self._walks.reached(place)
+
+    def listed(self, directory: Inode) -> None:
+        """The names of a directory became known."""
+        if self._walks is not None:
+            self._walks.listed(directory)
 
     def _fetch_ahead(self, neighbours: Sequence[tuple[Node, Place]]) -> int:
         """Queue those that are small objects and not here yet; how many."""

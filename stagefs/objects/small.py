@@ -140,7 +140,8 @@ class SmallFetcher:
             self._running[id(remote)] -= 1
 
     def _next_batch(self, queue: deque[Wanted]) -> list[Wanted]:
-        items, size_bytes = [], 0
+        items: list[Wanted] = []
+        size_bytes = 0
         while queue and len(items) < self._settings.small_batch_items_max:
             size_bytes += queue[0].content.size_bytes
             if items and size_bytes > BATCH_BYTES_MAX:

@@ -42,6 +42,10 @@ STATS_AT_ONCE = 16
 # A name that was not there a moment ago is not asked for again, so many names at most.
 MISSING_KEPT_MAX = 10_000
 MISSING_HELD_S = 2.0
+LISTED_AHEAD_FIRST, LISTED_AHEAD_MAX = 2, 8
+# Directories that a task may leave out and still go from one to the next.
+SKIPPED_MAX = 16
+TOURS_MAX = 1024
 
 
 class Bindings:
@@ -65,6 +69,11 @@ class Bindings:
         self._failed_until: dict[Inode, tuple[StageFSError, float]] = {}
         self._unlistable: set[Inode] = set()
         self._missing_until: dict[tuple[Inode, str], float] = {}
+        # By their parent: the cookie of the directory that was asked for last, and how many
+        # behind it were listed ahead.
+        self._tours: dict[Inode, tuple[int, int]] = {}
+        # Listed before anybody asked.
+        self._ahead: set[Inode] = set()
         self._nursery: trio.Nursery
 
     @asynccontextmanager
@@ -84,6 +93,8 @@ class Bindings:
 
     async def listed(self, bound: Node) -> None:
         """Return when the names of ``bound`` may be shown."""
+        if not bound.listed_ns or bound.inode in self._ahead:
+            self._list_ahead(bound)
         if self.fresh(bound) or bound.inode in self._unlistable:
             return
         known = self._failed_until.get(bound.inode)
@@ -108,6 +119,33 @@ class Bindings:
     def lists(self, bound: Node) -> bool:
         """Whether the remote can list the directory, as far as is known."""
         return bound.inode not in self._unlistable
+
+    def _list_ahead(self, bound: Node) -> None:
+        """A task that goes from one directory to the next, as `find` does, wants those behind it
+        too: they are listed ahead of it, two at first, twice as many each time."""
+        self._ahead.discard(bound.inode)
+        above = self._namespace.place(bound.inode)
+        if above is None:
+            return
+        parent, here = above
+        before, count = self._tours.pop(parent, (0, 0))
+        if before == here:
+            self._tours[parent] = before, count
+            return
+        skipped = self._namespace.page(parent, before, SKIPPED_MAX) if before else []
+        if any(cookie == here for cookie, _name, _node in skipped):
+            count = min(max(LISTED_AHEAD_FIRST, count * 2), LISTED_AHEAD_MAX)
+            for _cookie, _name, node in self._namespace.page(parent, here, count):
+                wanted = node.bind_url is not None and not node.listed_ns
+                if wanted and node.inode not in self._on_the_way:
+                    self._ahead.add(node.inode)
+                    self._refreshing(node)
+        else:
+            count = 0
+        if len(self._tours) >= TOURS_MAX:
+            self._tours.clear()
+            self._ahead.clear()
+        self._tours[parent] = here, count
 
     def _refreshing(self, bound: Node) -> Shared:
         shared = self._on_the_way.get(bound.inode)
@@ -163,6 +201,7 @@ class Bindings:
                 default_mode=self._settings.default_file_mode,
             )
             self._names_changed([(bound.inode, name) for name in changed])
+            self._objects.listed(bound.inode)
         except NotSupported:
             self._unlistable.add(bound.inode)
         except (NotFound, NotADirectory) as error:
