@@ -158,7 +158,8 @@ def settings(top: Path, sshd: Sshd) -> Path:
     path.write_text(
         f'[state]\nbase = "{top}/state"\n'
         f'[remote.ssh]\nconfig = "{sshd.ssh_config}"\nattempts = 1\n'
-        "connect_timeout_s = 2\n"
+        # On a machine that is busy a login takes longer than opens usually wait.
+        "connect_timeout_s = 10\n[read]\nanswer_deadline_s = 60\n"
         "[stage_out]\ndrain_s = 1\nattempts = 1\n[batch]\nwait_s = 0\nepilog_deadline_s = 15\n"
         f'[path_map]\n"*:/data" = "{sshd.url_of(top / "data")}"\n'
     )
