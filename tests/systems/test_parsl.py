@@ -77,7 +77,7 @@ def test_eight_tasks_fetch_a_cold_object_once(ask: Ask, mount: Mounted, nginx: N
 
 def test_outputs_are_there_when_their_future_is_done(ask: Ask, mount: Mounted) -> None:
     found = ask("outputs_first")
-    assert found["seen"] == 2 * len(DATA)
+    assert (found["seen"], found["state"]) == (2 * len(DATA), "published")
     assert found["plain"] == sha256(b"plain")
     # A commit that fails is told by the output, not by the task.
     assert found["taken"]["is_ours"]

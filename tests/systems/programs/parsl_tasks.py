@@ -32,6 +32,7 @@ def loaded(
     eager: bool = False,
     strict: bool = False,
     schemes: frozenset[str] = SCHEMES,
+    workers: int = 2,
 ) -> Iterator[StageFSStaging]:
     staging = StageFSStaging(mountpoint, eager=eager, strict=strict, schemes=schemes)
     access = [staging, *default_staging]
@@ -41,7 +42,7 @@ def loaded(
         chosen = HighThroughputExecutor(
             label="htex",
             address="127.0.0.1",
-            max_workers_per_node=4,
+            max_workers_per_node=workers,
             storage_access=access,
             provider=LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1),
         )
@@ -153,7 +154,7 @@ def read_and_chain(executor: str, mountpoint: str) -> dict[str, object]:
 
 
 def cold_object(executor: str, mountpoint: str, url: str) -> dict[str, object]:
-    with loaded(executor, mountpoint):
+    with loaded(executor, mountpoint, workers=4):
         futures = [digest(File(url)) for _ in range(8)]
         return {"digests": [future.result(timeout=TIMEOUT_S) for future in futures]}
 
@@ -164,11 +165,14 @@ def outputs_first(executor: str, mountpoint: str) -> dict[str, object]:
     with loaded(executor, mountpoint) as staging:
         made = doubled(inputs=[File("staging:///input.dat")], outputs=[File("staging:///made")])
         made.outputs[0].result(timeout=TIMEOUT_S)
-        seen = os.stat(staging.path(File("staging:///made"))).st_size
+        place = staging.path(File("staging:///made"))
+        seen = os.stat(place).st_size
+        state = os.getxattr(place, "user.stagefs.state").decode()
         taken = doubled(inputs=[File("staging:///input.dat")], outputs=[File("staging:///made")])
         broken = failing(outputs=[File("staging:///broken")])
         return {
             "seen": seen,
+            "state": state,
             "plain": digest(File(os.path.abspath("plain"))).result(timeout=TIMEOUT_S),
             "taken": failure(taken.outputs[0]),
             "taken_task": taken.result(timeout=TIMEOUT_S),
