@@ -29,6 +29,7 @@ pytestmark = [
 SHIPPED = CHECKOUT / "mount/slurm"
 SLURM_USER = "slurm"
 SETTLED_S = 60.0
+SQUEUE_PAUSE_S = 0.1
 
 
 @dataclasses.dataclass
@@ -86,6 +87,7 @@ class Cluster:
             f"the end of job {job}",
             deadline_s=SETTLED_S,
             told=self.cell.log,
+            pause_s=SQUEUE_PAUSE_S,
         )
         return self.cell.job(job).get("JobState", "")
 
@@ -220,7 +222,12 @@ def clean(cluster: Cluster) -> Iterator[None]:
     yield
     cluster.assert_nothing_is_left()
     # "Planned" is one that the scheduler has looked at for a job.
-    wait_until(lambda: cluster.cell.states() == {"idle"}, "idle nodes", told=cluster.cell.states)
+    wait_until(
+        lambda: cluster.cell.states() == {"idle"},
+        "idle nodes",
+        told=cluster.cell.states,
+        pause_s=SQUEUE_PAUSE_S,
+    )
 
 
 @pytest.mark.parametrize(("tasks", "count"), [("1-3", 3), ("1-2%1", 2)])
@@ -411,6 +418,7 @@ def test_a_burst_buffer_is_staged_in_before_the_job_and_out_after_it(cluster: Cl
             "the state of staging in",
             deadline_s=SETTLED_S,
             told=lambda: cluster.cell.job(job),
+            pause_s=SQUEUE_PAUSE_S,
         )
     finally:
         cluster.sshd.thaw()
@@ -473,6 +481,7 @@ def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
         "the reason in squeue",
         deadline_s=SETTLED_S,
         told=lambda: cluster.cell.run("squeue", "-h", "-o", "%T %r", "-j", job),
+        pause_s=SQUEUE_PAUSE_S,
     )
     cluster.as_user("scancel", job)
     cluster.wait_for_end(job)
@@ -496,6 +505,7 @@ def test_what_cannot_be_staged_out_stays_in_its_buffer(cluster: Cluster) -> None
         "the reason in squeue",
         deadline_s=SETTLED_S,
         told=lambda: cluster.cell.run("scontrol", "show", "job", job),
+        pause_s=SQUEUE_PAUSE_S,
     )
     buffers = cluster.machine.directory / "buffers"
     assert (buffers / job / "result").read_text() == "precious\n"
