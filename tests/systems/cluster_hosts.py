@@ -80,35 +80,37 @@ exec env -i container=other PATH="$PATH" /lib/systemd/systemd --log-target=conso
 class Host:
     """``directory`` is empty.  Made by ``running_hosts``."""
 
-    def __init__(self, name: str, address: str, directory: Path, network: int) -> None:
+    def __init__(self, name: str, directory: Path) -> None:
         self.name = name
         self._log = directory / "console"
         self._group = _control_group() / f"stagefs-{os.getpid()}-{name}"
         self._group.mkdir()
         top = directory / "top"
         top.mkdir()
-        words = ["unshare", *NAMESPACES, "--fork", "--kill-child", "bash", "-euc", BOOT, "boot"]
+        join = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
+        boot = ["bash", "-euc", BOOT, "boot", str(top), str(CHECKOUT), name, *NOT_STARTED]
+        leave = ["unshare", *NAMESPACES, "--fork", "--kill-child"]
         with self._log.open("wb") as log:
             self._unshare = subprocess.Popen(
-                [
-                    *("sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', self._group, *words),
-                    *(top, CHECKOUT, name, *NOT_STARTED),
-                ],
+                ["sh", "-c", join, str(self._group), *leave, *boot],
                 env={**ENVIRONMENT, "devices": "\n".join(DEVICES), "target": TARGET},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
             )
-        wait_until(lambda: bool(self._children()), f"the first process of {name}", told=self.log)
+
+    def connect(self, network: int, address: str) -> None:
+        """When it has booted, to the bridge in that process's network."""
+        wait_until(lambda: bool(self._children()), "its first process", told=self.log)
         self._pid = int(self._children()[0])
         peer = ("peer", "name", "eth0", "netns", str(self._pid))
         for command in (
-            ("ip", "link", "add", name, "type", "veth", *peer),
-            ("ip", "link", "set", name, "master", "bridge", "up"),
+            ("ip", "link", "add", self.name, "type", "veth", *peer),
+            ("ip", "link", "set", self.name, "master", "bridge", "up"),
         ):
             _run("nsenter", f"--net=/proc/{network}/ns/net", *command)
-        self.wait_until_booted()
+        self._wait_until_booted()
         self.run("ip", "address", "add", f"{address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
 
@@ -119,7 +121,7 @@ class Host:
     def log(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]
 
-    def wait_until_booted(self) -> None:
+    def _wait_until_booted(self) -> None:
         def booted() -> bool:
             assert self._unshare.poll() is None, self.log()
             said = self.run("systemctl", "is-system-running", check=False)
@@ -129,8 +131,7 @@ class Host:
 
     def run(self, *command: str | Path, check: bool = True, deadline_s: float = 120.0) -> str:
         """What a command of root's said, standard error included."""
-        namespaces = ("--mount", "--net", "--uts", "--ipc", "--pid", "--cgroup")
-        words = ("nsenter", f"--target={self._pid}", *namespaces, "--wdns=/", *command)
+        words = ("nsenter", f"--target={self._pid}", *NAMESPACES, "--wdns=/", *command)
         return _run(*words, check=check, deadline_s=deadline_s)
 
     def as_user(self, user: str, script: str, *words: str | Path) -> str:
@@ -141,8 +142,8 @@ class Host:
         """A file of root's, as if somebody had copied it to the host."""
         (Path(f"/proc/{self._pid}/root") / path.lstrip("/")).write_bytes(data)
 
-    def journal(self, unit: str) -> str:
-        return self.run("journalctl", "--no-pager", "-n", "60", "-u", unit, check=False)
+    def journal(self) -> str:
+        return self.run("journalctl", "--no-pager", "-n", "60", check=False)
 
     def end(self) -> None:
         # Its systemd goes with it, and with that all others of the host.
@@ -166,8 +167,9 @@ def running_hosts(addresses: dict[str, str], directory: Path) -> Iterator[dict[s
         network.run("ip", "link", "set", "bridge", "up")
 
         def boot(name: str) -> Host:
-            host = Host(name, addresses[name], directory / name, network.pid)
+            host = Host(name, directory / name)
             stack.callback(host.end)
+            host.connect(network.pid, addresses[name])
             return host
 
         with ThreadPoolExecutor() as pool:

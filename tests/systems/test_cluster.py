@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.identity import CHECKOUT, SYSTEM_PATH
+from tests.support.identity import CHECKOUT, SYSTEM_PATH, CommandFailed
 from tests.support.waiting import wait_until
 from tests.systems.cluster_hosts import Host, running_hosts
 
@@ -95,7 +95,10 @@ def provision(host: Host, scripts: list[str], source: Path) -> None:
     for script in scripts:
         name, *words = script.split()
         words = [str(source) if word == "$tarball" else word for word in words]
-        host.run(PROVISION / name, *words, deadline_s=PROVISIONED_S)
+        try:
+            host.run(PROVISION / name, *words, deadline_s=PROVISIONED_S)
+        except CommandFailed as exc:
+            raise CommandFailed(f"{host.name}: {exc}\n{host.journal()}") from exc
 
 
 @pytest.fixture(scope="module")
