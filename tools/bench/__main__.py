@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bench import far, linking, million, sequential, small, tree, warm, writing
+from bench import far, inspection, linking, million, sequential, small, tree, warm, writing
 from bench.measuring import MeasureFailed, Unavailable
 from bench.points import Lab, Measured, Point
 from bench.report import CHECKOUT, CLAIM_ROUNDS_MIN, as_json, table
@@ -35,6 +35,7 @@ POINTS = (
     Point("c5-ssh", "a cold file over ssh, 20 ms away", far.over_ssh),
     Point("c6-ssh", "a cold tree of small files over ssh", tree.over_ssh),
     Point("c6-s3", "a cold tree of small files over S3", tree.over_s3),
+    Point("e3", "stagefs-cache on a cache of 100,000 entries", inspection.inspection),
 )
 FULL = Amounts(
     size_bytes=GIB,
