@@ -77,7 +77,8 @@ class FarAway:
 
     def _run(self) -> None:
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            own = os.PRIO_PROCESS, threading.get_native_id()
+            os.setpriority(*own, min(NICE, os.getpriority(*own)))
         while self._turn():
             pass
         self._selector.close()
