@@ -145,8 +145,21 @@ def _environment(pid: int) -> str:
 
 
 def _sorted(found: Iterable[Program]) -> list[Program]:
-    others = (program for program in found if program.pid != os.getpid())
+    own = _own_line()
+    others = (program for program in found if program.pid not in own)
     return sorted(others, key=lambda program: program.pid)
+
+
+def _own_line() -> set[int]:
+    """This process, and those it descends from: a `make` that was told the directory, too."""
+    line: set[int] = set()
+    pid = os.getpid()
+    while pid:
+        line.add(pid)
+        pid = int(
+            Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[1]
+        )
+    return line
 
 
 def end(program: Program) -> None:
