@@ -2,8 +2,8 @@
 
     #SBATCH --comment="stagefs: in:ref.fa=https://host/ref.fa out:*.log=ssh://host/runs/7/"
 
-slurmd starts Prolog and Epilog as root, without a PATH and with a few variables of the job;
-slurmstepd starts TaskProlog as the job's user before each task, with the job's environment, and
+slurmd starts Prolog and Epilog as root (or as the one user whose cluster it is), without a PATH and
+with a few variables of the job; slurmstepd starts TaskProlog as the job's user before each task, with the job's environment, and
 reads ``export NAME=VALUE`` and ``print TEXT`` lines from it.  So the comment brings a mount, with
 what it declares; STAGEFS_IN, STAGEFS_OUT and STAGEFS_MANIFEST, which only TaskProlog sees, are
 declared there.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from stagefs.config import environment, load_settings
 from stagefs.control.client import Client, Refused
-from stagefs.errors import InvalidManifest, InvalidName, MountFailed, StageFSError
+from stagefs.errors import InvalidConfig, InvalidManifest, InvalidName, MountFailed, StageFSError
 from stagefs.integrations.batch_mount import (
     JOB_PREFIX,
     SYSTEM_DIRECTORY,
@@ -98,6 +98,12 @@ class _NodeJob:
         request = request_of(self.comment)
         if request is None:
             return
+        if os.geteuid() != 0 and self.settings.batch.directory is None:
+            raise InvalidConfig(
+                "The job's tasks would not find its mount, because slurmd is not root's: name a"
+                f" directory of {self.owner.name}'s in batch.directory and in the lines mounts= of"
+                " Slurm's scripts (mount/slurm/README.md)."
+            )
         paths = PathMap(self.settings.path_map, socket.gethostname())
         with self.owner.acting():
             manifest = declared(request, Submission("", self.directory), paths)

@@ -1,12 +1,13 @@
 """A Slurm cluster on a private machine, from Debian's unmodified packages: munged, slurmctld and
-two slurmd.  As on a real cluster slurmctld is its own user's and slurmd is root's; jobs are an
-ordinary user's.
+two slurmd.  As on a real cluster slurmctld is its own user's and slurmd is root's, or everything
+is the one user's whose jobs they are; else jobs are an ordinary user's.
 
 The second node has mounts and a /run of its own.
 """
 
 import contextlib
 import os
+import pwd
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,12 @@ NODES = ("node1", "node2")
 DIRECTORIES = ("ctld", "spool", "log", "munge")
 CONFIGURATION = """ClusterName=stagefs
 SlurmctldHost={name}(127.0.0.1)
+SlurmctldPort={port}
 AuthType=auth/munge
 AuthInfo=socket={top}/munge.sock
 CredType=cred/munge
 SlurmUser={user}
-SlurmdUser=root
+SlurmdUser={slurmd_user}
 StateSaveLocation={top}/ctld
 SlurmdSpoolDir={top}/spool/%n
 SlurmctldPidFile={top}/slurmctld.pid
@@ -50,32 +52,45 @@ PartitionName=both Nodes=ALL MaxTime=INFINITE State=UP
 
 class SlurmCell:
     """``settings`` are further lines of slurm.conf; ``plugins`` are files beside it; ``user`` is
-    SlurmUser.  ``own_places``: directories for which the second node has another one."""
+    SlurmUser.  ``own_places``: directories for which the second node has another one; without any
+    there is no second node.  ``top`` is a directory of ``slurmd_user``'s; ``ports`` is the first of
+    three."""
 
     def __init__(
         self,
         machine: PrivateMachine,
+        top: Path,
         *,
         settings: Mapping[str, str],
         plugins: Mapping[str, str],
         own_places: Mapping[Path, Path],
         user: str,
+        slurmd_user: str = "root",
+        ports: int = 17001,
     ) -> None:
         self._machine = machine
-        self._top = machine.directory
+        self._top = top
         self._own_places = own_places
+        self._uid = pwd.getpwnam(slurmd_user).pw_uid
+        nodes = NODES if own_places else NODES[:1]
         self.environment = {"SLURM_CONF": str(self._top / "slurm.conf")}
         for name in DIRECTORIES:
             (self._top / name).mkdir(mode=0o755)
+            shutil.chown(self._top / name, slurmd_user)
         for name in ("ctld", "log"):
             shutil.chown(self._top / name, user)
         lines = [
-            f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={17001 + number}"
+            f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={port}"
             " CPUs=4 State=UNKNOWN"
-            for number, node in enumerate(NODES)
+            for port, node in enumerate(nodes, ports + 1)
         ]
         text = CONFIGURATION.format(
-            top=self._top, name=machine.name, nodes="\n".join(lines), user=user
+            top=self._top,
+            name=machine.name,
+            nodes="\n".join(lines),
+            user=user,
+            slurmd_user=slurmd_user,
+            port=ports,
         )
         text += "".join(f"{name}={value}\n" for name, value in settings.items())
         (self._top / "slurm.conf").write_text(text)
@@ -87,24 +102,35 @@ class SlurmCell:
         key = self._top / "munge/key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
+        os.chown(key, self._uid, -1)
         (self._top / "munge").chmod(0o700)
         names = ("key-file=munge/key", "socket=munge.sock", "pid-file=munge/pid",
                  "log-file=munge/log", "seed-file=munge/seed")  # fmt: skip
         options = [f"--{name.replace('=', f'={self._top}/')}" for name in names]
-        self._machine.run("munged", "--force", *options)
+        self.run("munged", "--force", *options)
         self.run("slurmctld")
         wait_until(self._answers, "an answer of slurmctld", deadline_s=60)
         self.run("slurmd", "-N", NODES[0])
+        if self._own_places:
+            self._start_second()
+        wait_until(lambda: self.states() == {"idle"}, "idle nodes", deadline_s=60)
+
+    def _start_second(self) -> None:
         own = "".join(
             f" mount --bind {other} {place};" for place, other in self._own_places.items()
         )
         script = f"mount -t tmpfs -o mode=755 run /run;{own} exec slurmd -N {NODES[1]}"
         self.run("unshare", "--mount", "sh", "-ec", script)
-        wait_until(lambda: self.states() == {"idle"}, "idle nodes", deadline_s=60)
 
     def run(self, *command: str | Path, check: bool = True) -> str:
         """A command of Slurm as its administrator's."""
-        return self._machine.run(*command, environment=self.environment, check=check)
+        return self._machine.run(
+            *command,
+            uid=self._uid,
+            environment=self.environment,
+            directory=self._top,
+            check=check,
+        )
 
     def _answers(self) -> bool:
         with contextlib.suppress(AssertionError):

@@ -138,11 +138,13 @@ def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Ite
             servers = running_nginx(top / "nginx"), running_sshd(top / "sshd", login=Login.mine())
             nginx, sshd = servers[0].__enter__(), servers[1].__enter__()
         shutil.chown(sshd.identity, NOBODY, NOBODY)
-        hooks = install(machine, all_identities["root"].bin, settings(top, sshd))
+        programs = all_identities["root"].bin
+        hooks = install(machine, top, programs, settings(top, sshd))
         (top / "buffers").mkdir(mode=0o755)
-        script = burst_buffer(machine, all_identities["root"].bin, top)
+        script = burst_buffer(machine, programs, top)
         cell = SlurmCell(
             machine,
+            top,
             settings=hooks,
             plugins={"burst_buffer.lua": script},
             own_places={top / "state": top / "node2-state"},
@@ -168,13 +170,17 @@ def settings(top: Path, sshd: Sshd) -> Path:
     return path
 
 
-def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dict[str, str]:
+def install(
+    machine: PrivateMachine, top: Path, programs: Path, configuration: Path, mounts: str = ""
+) -> dict[str, str]:
     """The scripts that are shipped, with what an administrator writes into them; and the lines of
-    slurm.conf that name them."""
-    # Where users find the program.
-    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
-    machine.run("ln", "-s", programs / "stagefs", "/usr/local/bin/stagefs")
-    lines = {"PrologFlags": "Alloc", "BurstBufferType": "burst_buffer/lua"}
+    slurm.conf that name them.  ``mounts``: in place of root's directory."""
+    lines = {"PrologFlags": "Alloc"}
+    if not mounts:
+        lines["BurstBufferType"] = "burst_buffer/lua"
+        # Where users find the program.
+        machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
+        machine.run("ln", "-s", programs / "stagefs", "/usr/local/bin/stagefs")
     for setting, name in (
         ("Prolog", "prolog.sh"),
         ("TaskProlog", "task_prolog.sh"),
@@ -187,7 +193,9 @@ def install(machine: PrivateMachine, programs: Path, configuration: Path) -> dic
         ):
             assert text.count(old) == 1
             text = text.replace(old, new)
-        path = machine.directory / name
+        if mounts:
+            text = re.sub(r"(?m)^mounts=.*$", f"mounts={mounts}", text)
+        path = top / name
         path.write_text(text)
         path.chmod(0o755)
         lines[setting] = str(path)
@@ -215,6 +223,72 @@ def burst_buffer(machine: PrivateMachine, programs: Path, top: Path) -> str:
         assert text.count(old) == 1
         text = text.replace(old, new)
     return text
+
+
+@pytest.fixture
+def own(cluster: Cluster, all_identities: dict[str, Identity]) -> Iterator[Cluster]:
+    """One that is all an ordinary user's, as the README says it for him."""
+    top = cluster.machine.directory / "own"
+    mounts = top / "state" / f"stagefs-{NOBODY}" / "jobs"
+    for place in (top, top / "state"):
+        place.mkdir()
+        os.chown(place, NOBODY, NOBODY)
+    text = settings(cluster.machine.directory, cluster.sshd).read_text()
+    text = text.replace(f"{cluster.machine.directory}/state", f"{top}/state")
+    configuration = top / "stagefs.conf"
+    configuration.write_text(text.replace("[batch]\n", f'[batch]\ndirectory = "{mounts}"\n'))
+    me = pwd.getpwuid(NOBODY).pw_name
+    hooks = install(
+        cluster.machine, top, all_identities["root"].bin, configuration, mounts=str(mounts)
+    )
+    cell = SlurmCell(
+        cluster.machine,
+        top,
+        settings=hooks,
+        plugins={},
+        own_places={},
+        user=me,
+        slurmd_user=me,
+        ports=17101,
+    )
+    yield dataclasses.replace(cluster, cell=cell)
+    wait_until(lambda: cell.states() == {"idle"}, "idle nodes", told=cell.states)
+    assert [path.suffix for path in mounts.parent.iterdir() if path != mounts] == [".cache"]
+    assert [path.name for path in mounts.iterdir()] == []
+
+
+def test_a_cluster_of_one_ordinary_user(own: Cluster) -> None:
+    data = content(300_000, "own")
+    job = own.submit(
+        'cd "$STAGEFS_SANDBOX" && sha256sum <in >made',
+        f"--comment=stagefs: in:in={own.serve('own.dat', data)} out:made={own.url('own-made')}",
+    )
+    failing = own.submit("true", f"--comment=stagefs: in:x={own.nginx.url('absent')}")
+    assert own.wait_for_end(job) == "COMPLETED", own.output(job)
+    assert (own.data / "own-made").read_text() == f"{hashlib.sha256(data).hexdigest()}  -\n"
+    assert own.sent_bytes("own.dat") == len(data)
+    assert own.wait_for_end(failing) == "FAILED"
+    assert own.nginx.url("absent") in own.output(failing)
+
+
+def test_a_prolog_whose_mounts_nobody_would_find_says_so(
+    cluster: Cluster, all_identities: dict[str, Identity]
+) -> None:
+    """slurmd is not root's, and nothing was said about directories."""
+    said = cluster.machine.run(
+        *(all_identities["root"].bin / "stagefs", "prolog", "--scheduler", "slurm"),
+        *("--config", cluster.machine.directory / "stagefs.conf"),
+        uid=NOBODY,
+        environment={
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_UID": str(NOBODY),
+            "SLURM_JOB_COMMENT": "stagefs:",
+        },
+    )
+    assert "name a directory of nobody's in batch.directory" in said
+    place = cluster.machine.directory / f"state/stagefs-{NOBODY}"
+    assert (place / "jobs/.failed/7").read_text() == said
+    shutil.rmtree(place)
 
 
 @pytest.fixture(autouse=True)
