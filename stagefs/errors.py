@@ -154,6 +154,11 @@ class AccessDenied(RemoteError):
     errno = errno.EACCES
 
 
+class CredentialsExpired(AccessDenied):
+    """Credentials that are replaced from time to time (a session or bearer token) are refused.
+    They have expired, as a rule, so it can help to ask again when they were renewed."""
+
+
 class ObjectChanged(RemoteError):
     """The object at the URL is not the version that was asked for."""
 

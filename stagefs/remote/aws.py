@@ -73,8 +73,10 @@ def read_profile(settings: RemoteSettings) -> Profile:
         )
     both = config | credentials
     key, secret = both.get("aws_access_key_id"), both.get("aws_secret_access_key")
+    # An empty token is none; sent, it would be refused.
+    token = both.get("aws_session_token") or None
     return Profile(
-        keys=Keys(key, secret, both.get("aws_session_token")) if key and secret else None,
+        keys=Keys(key, secret, token) if key and secret else None,
         region=both.get("region"),
         endpoint=both.get("endpoint_url"),
     )

@@ -18,11 +18,9 @@ import datetime
 import functools
 import math
 import re
-import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import obstore
 import trio
@@ -33,6 +31,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from stagefs.errors import (
     AccessDenied,
+    CredentialsExpired,
     NameExists,
     ObjectMissing,
     RangesRefused,
@@ -65,13 +64,13 @@ from stagefs.remote.settings import RemoteSettings
 from stagefs.remote.source import Source, exists
 from stagefs.remote.store_client import StoreClient
 from stagefs.remote.store_errors import NO_RANGE, translated
+from stagefs.remote.store_opening import keys_of_url, open_store, trusting
 from stagefs.remote.store_put import PARTS_AT_ONCE, StorePut, Uploads, expected_etag
 from stagefs.remote.threads import Call, SinkCall, SourceCall
-from stagefs.remote.url import HIDDEN, is_file_name, join, name_to_write, parse
+from stagefs.remote.url import is_file_name, join, name_to_write, parse
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
-    from obstore.store import S3Credential
 
 T = TypeVar("T")
 Page: TypeAlias = list[ListedEntry]
@@ -86,8 +85,6 @@ PROGRESS_SLACK = 4.0
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # A request is signed just before it is sent; clocks may differ.
 SIGNED_LIFETIME = datetime.timedelta(minutes=15)
-# How long keys of a file are used before the file is read again: pilots renew them in place.
-KEYS_LIFETIME = datetime.timedelta(minutes=5)
 
 
 class StoreRemote:
@@ -106,12 +103,14 @@ class StoreRemote:
         self._put_threads = trio.CapacityLimiter(settings.concurrency * (PARTS_AT_ONCE + 1))
         self._uploads = Uploads()
         self._writer: StoreClient | None = None
-        self._client = HttpClient(settings, trust=functools.partial(_trusting, settings))
+        self._client = HttpClient(settings, trust=functools.partial(trusting, settings))
         # Without keys there is nothing to sign with.
         self._signs = not settings.s3.anonymous
         self._made: Store | None = None
-        # Of the profile, when its keys were last looked at because of a refusal.
+        # Of the profile, when its keys were last looked at because of a refusal, and how often they
+        # were other ones then.
         self._keys_seen: aws.Keys | None = None
+        self._renewals = 0
         self._making = threading.Lock()
 
     async def stat(self, url: str) -> ObjectInfo:
@@ -125,11 +124,17 @@ class StoreRemote:
         pages: Iterator[Page] | None = None
 
         def work(call: Call[Page | None]) -> Page | None:
-            nonlocal pages
             del call
+            return self._asked(first_page) if pages is None else next_page()
+
+        def first_page() -> Page | None:
+            nonlocal pages
+            pages = _pages(self._store(), url)
+            return next_page()
+
+        def next_page() -> Page | None:
+            assert pages is not None
             with translated(url):
-                if pages is None:
-                    pages = _pages(self._store(), url)
                 return next(pages, None)
 
         while (page := await self._call(work, url).run(self._lookup_threads)) is not None:
@@ -172,6 +177,32 @@ class StoreRemote:
         del mode  # objects have none
         name_to_write(url)
         check_key(url)
+        try:
+            return await self._write(
+                url,
+                source=source,
+                size_bytes=size_bytes,
+                overwrite=overwrite,
+                checksum=checksum,
+                progress=progress,
+            )
+        except AccessDenied as exc:
+            # Servers do not always tell one that has expired from one that may not write.
+            temporary = await trio.to_thread.run_sync(self._has_token, limiter=self._put_threads)
+            if temporary:
+                raise CredentialsExpired(str(exc)) from exc
+            raise
+
+    async def _write(
+        self,
+        url: str,
+        *,
+        source: int,
+        size_bytes: int,
+        overwrite: bool,
+        checksum: Checksum | None,
+        progress: Callable[[int], None],
+    ) -> ObjectInfo:
         found = None if overwrite else await self._found(url)
         if found is None:
             try:
@@ -211,6 +242,9 @@ class StoreRemote:
 
         def work(call: Call[None]) -> None:
             del call
+            self._asked(remove)
+
+        def remove() -> None:
             with contextlib.suppress(ObjectMissing), translated(url):
                 obstore.delete(self._store(), key_of(url))
 
@@ -241,6 +275,9 @@ class StoreRemote:
             local = Source(call.source, url=found.url, size_bytes=size_bytes)
             if found.validator == f'etag:"{expected_etag(call, local)}"':
                 return True
+            return self._asked(lambda: is_read_equal(call, local))
+
+        def is_read_equal(call: SourceCall[bool], local: Source) -> bool:
             with translated(found.url):
                 options = condition(found.validator)
                 result = obstore.get(self._store(), key_of(found.url), options=options)
@@ -276,7 +313,7 @@ class StoreRemote:
     def _writing(self) -> StoreClient:
         with self._making:
             if self._writer is None:
-                keys = _keys_of_url(self._host_url, self._credentials)
+                keys = keys_of_url(self._host_url, self._credentials)
                 bucket = parse(self._host_url).host
                 self._writer = StoreClient(bucket, self._settings, keys)
             return self._writer
@@ -288,48 +325,59 @@ class StoreRemote:
             return self._made
 
     def _new_store(self) -> Store:
-        return _new_store(self._host_url, self._settings, self._credentials)
+        return open_store(self._host_url, self._settings, self._credentials)
 
     def _head(self, url: str) -> ObjectInfo:
-        try:
-            return self._head_once(url)
-        except AccessDenied:
-            if not self._renewed():
-                raise
-        return self._head_once(url)
+        return self._asked(lambda: self._head_once(url))
 
     def _head_once(self, url: str) -> ObjectInfo:
         with translated(url):
             return described_meta(url, obstore.head(self._store(), key_of(url)))
 
-    def _renewed(self) -> bool:
-        """After a refusal: whether the profile has other keys by now, which are taken then."""
+    def _asked(self, ask: Callable[[], T]) -> T:
+        """The answer; asked for once more when it was refused and there are other keys by now."""
+        renewals = self._renewals
+        try:
+            return ask()
+        except AccessDenied:
+            if not self._renewed(renewals):
+                raise
+        return ask()
+
+    def _renewed(self, before: int) -> bool:
+        """After a refusal: whether other keys are used now than ``before``."""
         try:
             keys = aws.read_profile(self._settings).keys
         except AccessDenied:
             return False
         with self._making:
+            if self._renewals != before:
+                return True
             if keys is None or keys == self._keys_seen:
                 return False
             self._keys_seen, self._made, self._writer = keys, None, None
+            self._renewals += 1
             self._signs = True
         return True
+
+    def _has_token(self) -> bool:
+        """Whether the keys in use are temporary ones."""
+        try:
+            keys = self._writing().keys()
+        except AccessDenied:
+            return False
+        return keys is not None and keys.session_token is not None
 
     def _fetch(
         self, call: SinkCall[ObjectInfo], url: str, span: Span, validator: str | None
     ) -> ObjectInfo:
-        try:
-            return self._fetch_once(call, url, span, validator)
-        except AccessDenied:
-            if not self._renewed():
-                raise
-        return self._fetch_once(call, url, span, validator)
+        return self._asked(lambda: self._fetch_once(call, url, span, validator))
 
     def _fetch_once(
         self, call: SinkCall[ObjectInfo], url: str, span: Span, validator: str | None
     ) -> ObjectInfo:
         if not span.length:
-            info = self._head(url)
+            info = self._head_once(url)
             _check_version(info, validator)
             return info
         answered = self._fetch_signed(call, url, span, validator) if self._signs else None
@@ -397,6 +445,9 @@ class StoreRemote:
         return obstore.get(self._store(), key_of(url), options=options)
 
     def _fetch_whole(self, call: Call[WholeObject], item: BatchItem) -> WholeObject:
+        return self._asked(lambda: self._fetch_whole_once(call, item))
+
+    def _fetch_whole_once(self, call: Call[WholeObject], item: BatchItem) -> WholeObject:
         url = item.url
         with translated(url):
             result = obstore.get(self._store(), key_of(url), options=condition(item.validator))
@@ -516,87 +567,3 @@ def _listed(url: str, base: str, meta: "ObjectMeta") -> ListedEntry | None:
         return None
     child = join(url, name)
     return ListedEntry(name, EntryKind.FILE, child, described_meta(child, meta))
-
-
-def _new_store(host_url: str, settings: RemoteSettings, credentials: CredentialStore) -> S3Store:
-    parts = parse(host_url)
-    profile = aws.read_profile(settings)
-    endpoint = aws.endpoint(settings, profile)
-    stall_s = max(settings.answer_timeout_s, settings.progress_timeout_s)
-    client: dict[str, Any] = {
-        "connect_timeout": datetime.timedelta(seconds=settings.connect_timeout_s),
-        "read_timeout": datetime.timedelta(seconds=stall_s),
-        # For a whole request, which may be a large range on a slow link.
-        "timeout": datetime.timedelta(days=1),
-        "allow_http": endpoint is not None and endpoint.startswith("http://"),
-    }
-    if settings.s3.ca_file is not None:
-        client["root_certificate"] = _certificates(settings.s3.ca_file)
-    options: dict[str, Any] = {
-        "region": aws.region(settings, profile),
-        "virtual_hosted_style_request": not settings.s3.path_style,
-        "client_options": client,
-        "retry_config": {"max_retries": 0},
-    }
-    if endpoint is not None:
-        options["endpoint"] = endpoint
-    keys = _keys_of_url(host_url, credentials) or aws.keys_of_environment(settings)
-    if settings.s3.anonymous:
-        options["skip_signature"] = True
-    elif keys is not None:
-        options["access_key_id"] = keys.access_key_id
-        options["secret_access_key"] = keys.secret_access_key
-        if keys.session_token is not None:
-            options["session_token"] = keys.session_token
-    elif profile.keys is not None:
-        options["credential_provider"] = _FileKeys(settings)
-    elif machine := settings.environment.get(aws.MACHINE_ENDPOINT_NAME):
-        options["metadata_endpoint"] = machine
-    return S3Store(parts.host, **options)
-
-
-def _keys_of_url(host_url: str, credentials: CredentialStore) -> aws.Keys | None:
-    """``s3://KEY:SECRET@bucket/...`` brings its own keys; others may have been given."""
-    parts = parse(host_url)
-    if parts.user is None:
-        given = credentials.access(host_url)
-        if given.access_key_id is None or given.secret_access_key is None:
-            return None
-        return aws.Keys(given.access_key_id, given.secret_access_key)
-    public = f"s3://{parts.user}:{HIDDEN}@{parts.authority}/"
-    return aws.Keys(parts.user, parse(credentials.reveal(public)).password or "")
-
-
-class _FileKeys:
-    """Asked by obstore for the keys of ~/.aws, and again when they have become old."""
-
-    def __init__(self, settings: RemoteSettings) -> None:
-        self._settings = settings
-
-    def __call__(self) -> "S3Credential":
-        keys = aws.read_profile(self._settings).keys
-        if keys is None:
-            raise AccessDenied("The AWS profile holds no keys any more: mend ~/.aws/credentials.")
-        return {
-            "access_key_id": keys.access_key_id,
-            "secret_access_key": keys.secret_access_key,
-            "token": keys.session_token,
-            "expires_at": datetime.datetime.now(datetime.UTC) + KEYS_LIFETIME,
-        }
-
-
-def _trusting(settings: RemoteSettings) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if settings.s3.ca_file is not None:
-        context.load_verify_locations(settings.s3.ca_file)
-    return context
-
-
-def _certificates(ca_file: str) -> bytes:
-    try:
-        return Path(ca_file).read_bytes()
-    except OSError as exc:
-        raise RemoteError(
-            f"The certificates in {ca_file} ([remote.s3] ca_file) cannot be read ({exc.strerror}): "
-            "name a file of PEM certificates."
-        ) from exc

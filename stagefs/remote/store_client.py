@@ -30,6 +30,7 @@ from stagefs.remote.http_access import proxy_of, trusting
 from stagefs.remote.http_answers import BUSY_STATUSES, TRANSIENT_STATUSES, retry_after_s
 from stagefs.remote.http_client import new_client, serve, translated
 from stagefs.remote.settings import RemoteSettings
+from stagefs.remote.store_errors import EXPIRED_CODES
 from stagefs.remote.threads import Call
 from stagefs.remote.url import RemoteUrl, parse
 
@@ -101,7 +102,7 @@ class StoreClient:
         text = encoded_query(query or {})
         sent = dict(headers or {})
         sent["Content-Length"] = str(length)
-        keys = self._keys()
+        keys = self.keys()
         if keys is not None:
             sent = signed(
                 method,
@@ -141,7 +142,7 @@ class StoreClient:
         if made is not None:
             made.clear()
 
-    def _keys(self) -> aws.Keys | None:
+    def keys(self) -> aws.Keys | None:
         """None for anonymous requests.  Read anew each time: pilots renew them in place."""
         if self._settings.s3.anonymous:
             return None
@@ -182,12 +183,12 @@ def refused(url: str, answer: Answered) -> StageFSError:
             retry_after_s=retry_after_s(answer.headers),
             busy=answer.status in BUSY_STATUSES or code == "SlowDown",
         )
+    if answer.status in (401, 403) or code in EXPIRED_CODES:
+        return AccessDenied(
+            f"{url} may not be written{said}: check the keys (AWS_* variables, ~/.aws, or "
+            "[remote.s3] profile) and the bucket's policy."
+        )
     match answer.status:
-        case 401 | 403:
-            return AccessDenied(
-                f"{url} may not be written{said}: check the keys (AWS_* variables, ~/.aws, or "
-                "[remote.s3] profile) and the bucket's policy."
-            )
         case 404:
             return ObjectMissing(f"The server has no bucket for {url}: make it, or mend the name.")
         case 301 | 302 | 307 | 308:

@@ -32,6 +32,10 @@ from stagefs.remote.http_answers import BUSY_STATUSES, TRANSIENT_STATUSES
 # How obstore says that the whole object came where a range was asked for.
 NO_RANGE = "non-partial response"
 _STATUS = re.compile(r"status code: (\d{3})")
+# Amazon says with HTTP 400 that a session token has expired; others say 403.
+EXPIRED_CODES = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+)
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{1,60})</Code>")
 
@@ -72,9 +76,10 @@ def _of_words(url: str, text: str, span: Span | None) -> StageFSError:
 
 
 def _of_status(url: str, status: int, text: str, span: Span | None) -> StageFSError:
+    code = _CODE.search(text)
+    if status in (401, 403) or (code is not None and code[1] in EXPIRED_CODES):
+        return _denied(url, text)
     match status:
-        case 401 | 403:
-            return _denied(url, text)
         case 404 | 410:
             return ObjectMissing(f"The server has no {url} (HTTP {status}).")
         case 416 if span is not None:

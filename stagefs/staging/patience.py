@@ -16,6 +16,7 @@ import msgspec
 from stagefs.config import StageOutSettings
 from stagefs.errors import (
     AccessDenied,
+    CredentialsExpired,
     IsADirectory,
     NameExists,
     NoSpace,
@@ -52,6 +53,9 @@ class Kind(enum.Enum):
 
 
 def kind_of(error: StageFSError) -> Kind:
+    if isinstance(error, CredentialsExpired):
+        # Somebody renews them, as for all that runs longer than they last.
+        return Kind.PASSING
     if isinstance(error, _FINAL):
         return Kind.FINAL
     # A full disk at the server is somebody's work to mend, like a server that is down.

@@ -1,7 +1,7 @@
 """A machine of a cloud, whose own keys read and write S3."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from stagefs.remote.settings import Environment
 from stagefs.remote.store import StoreRemote
 from tests.contract.subjects import BUCKET, SETTINGS, S3Subject, new_place
 from tests.contract.test_put import put_bytes
-from tests.support.rgw import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, Rgw
+from tests.support.rgw import REGION, Rgw
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,9 +22,10 @@ ROLE = "/latest/meta-data/iam/security-credentials/"
 
 
 class Machine:
-    """The metadata service of one machine."""
+    """The metadata service of one machine, with temporary keys as clouds give them."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Mapping[str, str]) -> None:
+        self._own = own
         self.requests: list[str] = []
         self.fresh = True
         self.role = True
@@ -64,9 +65,9 @@ class Machine:
         return msgspec.json.encode(
             {
                 "Code": "Success",
-                "AccessKeyId": ACCESS_KEY_ID,
-                "SecretAccessKey": SECRET_ACCESS_KEY,
-                "Token": "",
+                "AccessKeyId": self._own["aws_access_key_id"],
+                "SecretAccessKey": self._own["aws_secret_access_key"],
+                "Token": self._own["aws_session_token"],
                 "LastUpdated": "2026-01-01T00:00:00Z",
                 "Expiration": "2999-01-01T00:00:00Z" if self.fresh else "2001-01-01T00:00:00Z",
             }
@@ -79,8 +80,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    made = Machine()
+def machine(rgw: Rgw) -> Iterator[Machine]:
+    made = Machine(rgw.session_keys(3600))
     yield made
     made.stop()
 

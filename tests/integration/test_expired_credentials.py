@@ -1,7 +1,7 @@
 """Credentials that expire and are replaced while the mount lives, and that show nowhere."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.support.identity import Identity
@@ -12,6 +12,7 @@ from tests.support.waiting import wait_until
 
 MakeMount = Callable[..., Mounted]
 OLD_SECRET = "0ld-and-expired"
+QUICK_QUEUE = "[stage_out]\nsettle_s = 0.05\nbackoff_s = 0.1\nbackoff_s_max = 0.5\n"
 
 
 def private_file(mount: Mounted, name: str, text: str) -> Path:
@@ -128,3 +129,46 @@ def test_keys_of_a_profile_are_replaced(
         read_again(mount, "staging/a", b"a" * 100_000)
         assert mount.read("staging/b") == b"b" * 100_000
         shows_no_secret(mount, secret, OLD_SECRET, paths=("staging/a", "staging/b"))
+
+
+def test_an_upload_waits_for_a_session_token_that_is_renewed(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path, gateway: SharedGateway
+) -> None:
+    with serving_s3(served_directory, gateway) as s3:
+        environment = dict(s3.environment(anybody))
+        del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
+        mount = new_mount(anybody, settings=QUICK_QUEUE, mounted=False)
+
+        def profile(keys: Mapping[str, str]) -> Path:
+            lines = ["[default]", *(f"{name} = {value}" for name, value in keys.items())]
+            return private_file(mount, "credentials", "\n".join(lines))
+
+        first, expired, last = (s3.session_keys(duration_s) for duration_s in (3600, 1, 3600))
+        mount.environment = {**environment, "AWS_SHARED_CREDENTIALS_FILE": str(profile(first))}
+        mount.mount()
+        s3.put("in/a", b"a" * 100_000)
+        mount.stagefs("bind", s3.url("in"), "staging:///in")
+        mount.stagefs("bind", s3.url("out"), "staging:///out", "--writable")
+        assert mount.read("staging/in/a") == b"a" * 100_000
+        mount.run("cp", "MNT/staging/in/a", "MNT/staging/out/first")
+        mount.stagefs("flush", "--deadline", "60")
+        assert s3.get("out/first") == b"a" * 100_000
+        wait_until(lambda: not s3.takes(expired), "the gateway to refuse the token")
+        profile(expired)
+        mount.run("cp", "MNT/staging/in/a", "MNT/staging/out/second")
+
+        def reasons() -> list[str]:
+            return [one.get("reason", "") for one in mount.json_of("stagefs", "queue", "list")]
+
+        wait_until(lambda: any(reasons()), "an upload that says why it waits")
+        assert "may not be written" in reasons()[0] or "refuses" in reasons()[0]
+        assert mount.read("staging/out/second") == b"a" * 100_000
+        profile(last)
+        mount.stagefs("flush", "--deadline", "60")
+        assert s3.get("out/second") == b"a" * 100_000
+        secrets = [
+            keys[name]
+            for keys in (first, expired, last)
+            for name in ("aws_secret_access_key", "aws_session_token")
+        ]
+        shows_no_secret(mount, *secrets, paths=("staging/in/a", "staging/out/second"))

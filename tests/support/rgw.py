@@ -18,8 +18,10 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import obstore
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from tests.support.ports import free_ports
@@ -83,7 +85,11 @@ rgw run sync thread = false
 rgw enable quota threads = false
 rgw enable ops log = false
 rgw dns name = localhost
+rgw s3 auth use sts = true
+rgw sts key = {sts_key}
+rgw sts min session duration = 1
 """
+ROLE = "pilots"
 
 
 def available() -> bool:
@@ -101,6 +107,7 @@ class Rgw:
         self._fsid = str(uuid.uuid4())
         self._monitor_port = monitor_port
         self._children: list[subprocess.Popen[bytes]] = []
+        self._has_role = False
         (top / "ceph.conf").write_text(
             _CONF.format(
                 top=top,
@@ -108,6 +115,7 @@ class Rgw:
                 port=self.port,
                 monitor_port=monitor_port,
                 memory_bytes=memory_bytes,
+                sts_key=uuid.uuid4().hex[:16],
             )
         )
 
@@ -156,14 +164,19 @@ class Rgw:
         status, body = self._signed("PUT", f"/{name}")
         assert status == 200, body
 
-    def bucket(self, name: str, *, endpoint: str | None = None) -> S3Store:
-        """A client of its own for putting and removing objects."""
+    def bucket(
+        self, name: str, *, endpoint: str | None = None, profile: Mapping[str, str] | None = None
+    ) -> S3Store:
+        """A client of its own for putting and removing objects, with other keys if given."""
+        own = {"aws_access_key_id": ACCESS_KEY_ID, "aws_secret_access_key": SECRET_ACCESS_KEY}
+        keys: dict[str, Any] = {
+            name.removeprefix("aws_"): value for name, value in (profile or own).items()
+        }
         return S3Store(
             name,
+            **keys,
             endpoint=endpoint or self.endpoint,
             region=REGION,
-            access_key_id=ACCESS_KEY_ID,
-            secret_access_key=SECRET_ACCESS_KEY,
             virtual_hosted_style_request=False,
             client_options={"allow_http": True},
         )
@@ -181,6 +194,54 @@ class Rgw:
         scope = ("--quota-scope=bucket", f"--bucket={name}")
         for command in (("set", f"--max-size={max_bytes}"), ("enable",)):
             self._run("radosgw-admin", "-n", "client.rgw", "quota", *command, *scope)
+
+    def session_keys(self, duration_s: int) -> Mapping[str, str]:
+        """Temporary keys with a session token, which the gateway refuses after so long: as the
+        lines of an AWS profile."""
+        if not self._has_role:
+            self._make_role()
+        query = "&".join(
+            (
+                "Action=AssumeRole",
+                f"DurationSeconds={duration_s}",
+                f"RoleArn=arn%3Aaws%3Aiam%3A%3A%3Arole%2F{ROLE}",
+                "RoleSessionName=pilot",
+            )
+        )
+        status, body = self._signed("POST", "/", query=query)
+        assert status == 200, body
+        names = {
+            "AccessKeyId": "aws_access_key_id",
+            "SecretAccessKey": "aws_secret_access_key",
+            "SessionToken": "aws_session_token",
+        }
+        found = dict(re.findall(r"<(\w+)>([^<]*)</", body.decode()))
+        return {ours: found[theirs] for theirs, ours in names.items()}
+
+    def takes(self, bucket: str, keys: Mapping[str, str]) -> bool:
+        """Whether these keys of a profile may list the bucket now."""
+        try:
+            next(iter(obstore.list(self.bucket(bucket, profile=keys), "none")), None)
+        except BaseError as exc:
+            if "status code: 403" not in str(exc):
+                raise
+            return False
+        return True
+
+    def _make_role(self) -> None:
+        def document(resource: Mapping[str, object], action: str) -> str:
+            statement = {"Effect": "Allow", "Action": [action], **resource}
+            return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+
+        trust = document({"Principal": {"AWS": ["arn:aws:iam:::user/test"]}}, "sts:AssumeRole")
+        policy = document({"Resource": ["arn:aws:s3:::*"]}, "s3:*")
+        admin = ("radosgw-admin", "-n", "client.rgw")
+        name = f"--role-name={ROLE}"
+        self._run(*admin, "role", "create", name, f"--assume-role-policy-doc={trust}")
+        self._run(
+            *(*admin, "role-policy", "put", name, "--policy-name=all", f"--policy-doc={policy}")
+        )
+        self._has_role = True
 
     def deny_writes(self, bucket: str) -> None:
         """Nobody may write objects from now on, the owner neither."""

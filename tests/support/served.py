@@ -309,6 +309,14 @@ class S3Served:
         obstore.put(self._store, name, data)
         return self.url(name)
 
+    def session_keys(self, duration_s: int) -> Mapping[str, str]:
+        """Temporary keys, as the lines of an AWS profile."""
+        return self._gateway.session_keys(duration_s)
+
+    def takes(self, keys: Mapping[str, str]) -> bool:
+        """Whether the server takes these keys now."""
+        return self._gateway.takes(self._bucket, keys)
+
     def put_raw(self, encoded_key: str, data: bytes) -> None:
         """Under a key that clients would clean up.  Raises AssertionError if it is refused."""
         self._gateway.put_raw(self._bucket, encoded_key, data)

@@ -31,7 +31,7 @@ async def test_a_failure_ends_every_read_that_waited_however_short_it_is_held(
     async with make_reading(settings=settings) as reading:
         checksum = Checksum(ChecksumKind.SHA256, digest) if way == "checksum" else None
         node = reading.stage("a", data, checksum=checksum, validator="revision:1")
-        ended = []
+        ended: list[None] = []
 
         async def read() -> None:
             with pytest.raises(type(refusal)):

@@ -6,6 +6,7 @@ from stagefs.config import StageOutSettings
 from stagefs.errors import (
     AccessDenied,
     ChecksumMismatch,
+    CredentialsExpired,
     DeadlineExceeded,
     InvalidUrl,
     NameExists,
@@ -40,6 +41,7 @@ def patience() -> Patience:
         (DeadlineExceeded("Too slow."), Kind.PASSING),
         (NoSpace("Full there."), Kind.PASSING),
         (AccessDenied("No."), Kind.FINAL),
+        (CredentialsExpired("No longer."), Kind.PASSING),
         (NameExists("It is there."), Kind.FINAL),
         (NotSupported("Cannot be written."), Kind.FINAL),
         (InvalidUrl("What?"), Kind.FINAL),
