@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.identity import Identity
 from tests.support.mounted import Mounted
-from tests.support.nginx import PASSWORD, USER, running_nginx
+from tests.support.nginx import PASSWORD, TOKEN, USER, running_nginx
 from tests.support.served import HttpServed, SharedGateway, serving_s3
 from tests.support.waiting import wait_until
 
@@ -100,6 +100,39 @@ def test_a_refusal_ends_a_read_however_short_failures_are_held(
         refused = [asked.uri for asked in nginx.asked() if asked.status in (401, 404)]
         assert 3 <= len(refused) <= 12, refused
         assert mount.read("staging/large") == bytes(1_000_000)
+
+
+def test_a_bearer_token_is_replaced(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path
+) -> None:
+    """Over https, found as the WLCG says, for what is read and what is listed."""
+    with running_nginx(served_directory) as nginx:
+        web = HttpServed(nginx)
+        settings = (
+            f"[read]\nfailure_hold_s = 0\n[remote.http]\ntoken_hosts = '127.0.0.1'\n"
+            f"ca_file = '{nginx.ca_file}'\n"
+        )
+        mount = new_mount(anybody, settings=settings, mounted=False)
+        token = private_file(mount, "token", TOKEN)
+        mount.environment = {"BEARER_TOKEN_FILE": str(token)}
+        mount.mount()
+        for name in ("a", "b", "dir/small"):
+            web.put(name, name.encode() * 100_000 if name != "dir/small" else b"small")
+        for name in ("a", "b"):
+            mount.stage_in(nginx.tls_url(name, location="bearer"), name)
+        mount.stagefs("bind", nginx.tls_url("dir/", location="bearer"), "staging:///dir")
+        assert mount.read("staging/a") == b"a" * 100_000
+        private_file(mount, "token", OLD_SECRET)
+        assert nginx.tls_url("b", location="bearer") in refusal(mount, "staging/b")
+        listing = mount.run("ls", "MNT/staging/dir", check=False)
+        assert b"Permission denied" in listing.stderr
+        private_file(mount, "token", TOKEN)
+        assert mount.read("staging/b") == b"b" * 100_000
+        assert mount.read("staging/dir/small") == b"small"
+        assert mount.run("ls", "MNT/staging/dir").stdout == b"small\n"
+        sent = {asked.authorization for asked in nginx.asked() if "/bearer/" in asked.uri}
+        assert sent == {f"Bearer {TOKEN}", f"Bearer {OLD_SECRET}"}
+        shows_no_secret(mount, TOKEN, OLD_SECRET, paths=("staging/a", "staging/b"))
 
 
 def test_keys_of_a_profile_are_replaced(

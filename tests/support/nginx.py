@@ -25,6 +25,7 @@ from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 USER, PASSWORD = "ada", "s3cr3t-w0rd"
+TOKEN = "bearer-t0ken-of-a-pilot"
 
 _CONF = """
 daemon off;
@@ -85,6 +86,12 @@ http {{
         ssl_certificate {top}/server.pem;
         ssl_certificate_key {top}/server.key;
         location /plain/ {{ alias {root}/; autoindex on; autoindex_format json; }}
+        location /bearer/ {{
+            if ($http_authorization != "Bearer {token}") {{ return 401; }}
+            alias {root}/;
+            autoindex on;
+            autoindex_format json;
+        }}
         location /down/ {{
             rewrite ^/down/(.*)$ http://127.0.0.1:{port}/plain/$1 redirect;
         }}
@@ -124,6 +131,7 @@ class Nginx:
                 port=self.port,
                 other_port=self.other_port,
                 tls_port=self.tls_port,
+                token=TOKEN,
                 user="user root;" if os.geteuid() == 0 else "",
             )
         )
