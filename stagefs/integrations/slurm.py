@@ -3,10 +3,10 @@
     #SBATCH --comment="stagefs: in:ref.fa=https://host/ref.fa out:*.log=ssh://host/runs/7/"
 
 slurmd starts Prolog and Epilog as root (or as the one user whose cluster it is), without a PATH and
-with a few variables of the job; slurmstepd starts TaskProlog as the job's user before each task, with the job's environment, and
-reads ``export NAME=VALUE`` and ``print TEXT`` lines from it.  So the comment brings a mount, with
-what it declares; STAGEFS_IN, STAGEFS_OUT and STAGEFS_MANIFEST, which only TaskProlog sees, are
-declared there.
+with a few variables of the job; slurmstepd starts TaskProlog as the job's user before each task,
+with the job's environment, and reads ``export NAME=VALUE`` and ``print TEXT`` lines from it.  So
+the comment brings a mount, with what it declares; STAGEFS_IN, STAGEFS_OUT and STAGEFS_MANIFEST,
+which only TaskProlog sees, are declared there.
 
 A Prolog or Epilog that ends with anything but 0 takes the node out of service, so they end with 0
 always: what goes wrong is kept for TaskProlog, which ends the task with it, or told in a file in

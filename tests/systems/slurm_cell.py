@@ -69,23 +69,23 @@ class SlurmCell:
         ports: int = 17001,
     ) -> None:
         self._machine = machine
-        self._top = top
+        self.top = top
         self._own_places = own_places
         self._uid = pwd.getpwnam(slurmd_user).pw_uid
         nodes = NODES if own_places else NODES[:1]
-        self.environment = {"SLURM_CONF": str(self._top / "slurm.conf")}
+        self.environment = {"SLURM_CONF": str(self.top / "slurm.conf")}
         for name in DIRECTORIES:
-            (self._top / name).mkdir(mode=0o755)
-            shutil.chown(self._top / name, slurmd_user)
+            (self.top / name).mkdir(mode=0o755)
+            shutil.chown(self.top / name, slurmd_user)
         for name in ("ctld", "log"):
-            shutil.chown(self._top / name, user)
+            shutil.chown(self.top / name, user)
         lines = [
             f"NodeName={node} NodeHostname={machine.name} NodeAddr=127.0.0.1 Port={port}"
             " CPUs=4 State=UNKNOWN"
             for port, node in enumerate(nodes, ports + 1)
         ]
         text = CONFIGURATION.format(
-            top=self._top,
+            top=self.top,
             name=machine.name,
             nodes="\n".join(lines),
             user=user,
@@ -93,20 +93,20 @@ class SlurmCell:
             port=ports,
         )
         text += "".join(f"{name}={value}\n" for name, value in settings.items())
-        (self._top / "slurm.conf").write_text(text)
+        (self.top / "slurm.conf").write_text(text)
         for name, content in plugins.items():
-            (self._top / name).write_text(content)
+            (self.top / name).write_text(content)
         self._start()
 
     def _start(self) -> None:
-        key = self._top / "munge/key"
+        key = self.top / "munge/key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         os.chown(key, self._uid, -1)
-        (self._top / "munge").chmod(0o700)
+        (self.top / "munge").chmod(0o700)
         names = ("key-file=munge/key", "socket=munge.sock", "pid-file=munge/pid",
                  "log-file=munge/log", "seed-file=munge/seed")  # fmt: skip
-        options = [f"--{name.replace('=', f'={self._top}/')}" for name in names]
+        options = [f"--{name.replace('=', f'={self.top}/')}" for name in names]
         self.run("munged", "--force", *options)
         self.run("slurmctld")
         wait_until(self._answers, "an answer of slurmctld", deadline_s=60)
@@ -128,7 +128,7 @@ class SlurmCell:
             *command,
             uid=self._uid,
             environment=self.environment,
-            directory=self._top,
+            directory=self.top,
             check=check,
         )
 
@@ -154,5 +154,5 @@ class SlurmCell:
 
     def log(self) -> str:
         return "\n".join(
-            path.read_text("utf-8", "replace") for path in (self._top / "log").iterdir()
+            path.read_text("utf-8", "replace") for path in (self.top / "log").iterdir()
         )

@@ -106,6 +106,10 @@ class Cluster:
         """Of a file at sshd."""
         return self.sshd.url_of(f"{self.data}/{name}")
 
+    def reason(self, job: str) -> str:
+        """For which it waits, as squeue shows it."""
+        return self.cell.run("squeue", "-h", "-o", "%r", "-j", job)
+
     def states(self) -> list[Path]:
         """State directories that are kept, of mounts and of buffers."""
         found = self.machine.directory.glob("*state/stagefs-*/*")
@@ -141,7 +145,8 @@ def cluster(session_directory: Path, all_identities: dict[str, Identity]) -> Ite
         programs = all_identities["root"].bin
         hooks = install(machine, top, programs, settings(top, sshd))
         (top / "buffers").mkdir(mode=0o755)
-        script = burst_buffer(machine, programs, top)
+        allow_slurm(machine, programs)
+        script = burst_buffer(f"/usr/bin/sudo -n {programs}/stagefs", top)
         cell = SlurmCell(
             machine,
             top,
@@ -175,9 +180,8 @@ def install(
 ) -> dict[str, str]:
     """The scripts that are shipped, with what an administrator writes into them; and the lines of
     slurm.conf that name them.  ``mounts``: in place of root's directory."""
-    lines = {"PrologFlags": "Alloc"}
+    lines = {"PrologFlags": "Alloc", "BurstBufferType": "burst_buffer/lua"}
     if not mounts:
-        lines["BurstBufferType"] = "burst_buffer/lua"
         # Where users find the program.
         machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "local", "/usr/local/bin")
         machine.run("ln", "-s", programs / "stagefs", "/usr/local/bin/stagefs")
@@ -202,21 +206,21 @@ def install(
     return lines
 
 
-def burst_buffer(machine: PrivateMachine, programs: Path, top: Path) -> str:
-    """The script that is shipped, with what an administrator writes into it where SlurmUser is not
-    root; and the line of sudoers that the README asks for."""
+def allow_slurm(machine: PrivateMachine, programs: Path) -> None:
+    """The line of sudoers that the README asks for where SlurmUser is not root."""
     (line,) = re.findall(r"(?m)^ *(\S+ ALL=.*)$", (SHIPPED / "README.md").read_text())
     assert line.startswith(f"{SLURM_USER} ")
-    rule = top / "sudoers"
+    rule = machine.directory / "sudoers"
     rule.write_text(line.replace("/usr/local/bin/stagefs", f"{programs}/stagefs") + "\n")
     machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "rules", "/etc/sudoers.d")
     machine.run("install", "-m", "440", rule, "/etc/sudoers.d/stagefs")
+
+
+def burst_buffer(program: str, top: Path) -> str:
+    """The script that is shipped, with what an administrator writes into it."""
     text = (SHIPPED / "burst_buffer.lua").read_text()
     for old, new in (
-        (
-            'program = "/usr/local/bin/stagefs"',
-            f'program = "/usr/bin/sudo -n {programs}/stagefs"',
-        ),
+        ('program = "/usr/local/bin/stagefs"', f'program = "{program}"'),
         ('buffers = "/scratch/stagefs"', f'buffers = "{top}/buffers"'),
         ("quoted(buffers) ..", f'quoted(buffers) .. " --config {top}/stagefs.conf" ..'),
     ):
@@ -225,12 +229,12 @@ def burst_buffer(machine: PrivateMachine, programs: Path, top: Path) -> str:
     return text
 
 
-@pytest.fixture
-def own(cluster: Cluster, all_identities: dict[str, Identity]) -> Iterator[Cluster]:
-    """One that is all an ordinary user's, as the README says it for him."""
+@pytest.fixture(scope="module")
+def owners_cell(cluster: Cluster, all_identities: dict[str, Identity]) -> SlurmCell:
+    """One that is all an ordinary user's, as the README says it for him; without sudo."""
     top = cluster.machine.directory / "own"
     mounts = top / "state" / f"stagefs-{NOBODY}" / "jobs"
-    for place in (top, top / "state"):
+    for place in (top, top / "state", top / "buffers"):
         place.mkdir()
         os.chown(place, NOBODY, NOBODY)
     text = settings(cluster.machine.directory, cluster.sshd).read_text()
@@ -238,23 +242,27 @@ def own(cluster: Cluster, all_identities: dict[str, Identity]) -> Iterator[Clust
     configuration = top / "stagefs.conf"
     configuration.write_text(text.replace("[batch]\n", f'[batch]\ndirectory = "{mounts}"\n'))
     me = pwd.getpwuid(NOBODY).pw_name
-    hooks = install(
-        cluster.machine, top, all_identities["root"].bin, configuration, mounts=str(mounts)
-    )
-    cell = SlurmCell(
+    programs = all_identities["root"].bin
+    hooks = install(cluster.machine, top, programs, configuration, mounts=str(mounts))
+    return SlurmCell(
         cluster.machine,
         top,
         settings=hooks,
-        plugins={},
+        plugins={"burst_buffer.lua": burst_buffer(str(programs / "stagefs"), top)},
         own_places={},
         user=me,
         slurmd_user=me,
         ports=17101,
     )
-    yield dataclasses.replace(cluster, cell=cell)
-    wait_until(lambda: cell.states() == {"idle"}, "idle nodes", told=cell.states)
-    assert [path.suffix for path in mounts.parent.iterdir() if path != mounts] == [".cache"]
-    assert [path.name for path in mounts.iterdir()] == []
+
+
+@pytest.fixture
+def own(cluster: Cluster, owners_cell: SlurmCell) -> Iterator[Cluster]:
+    yield dataclasses.replace(cluster, cell=owners_cell)
+    wait_until(lambda: owners_cell.states() == {"idle"}, "idle nodes", told=owners_cell.states)
+    left = [path for path in owners_cell.top.glob("state/*/*") if path.suffix != ".cache"]
+    assert [path.name for path in left] in ([], ["jobs"])
+    assert [name for path in left for name in path.iterdir()] == []
 
 
 def test_a_cluster_of_one_ordinary_user(own: Cluster) -> None:
@@ -513,38 +521,40 @@ def test_a_burst_buffer_is_staged_in_before_the_job_and_out_after_it(cluster: Cl
     assert cluster.cell.job(job)["JobState"] == "COMPLETED"
 
 
-def test_a_burst_buffer_is_nobody_elses_to_serve(
-    cluster: Cluster, all_identities: dict[str, Identity]
-) -> None:
-    """As SlurmUser where he may not use sudo; and as the one user whose cluster it is."""
-    directory = cluster.home / "own-buffers"
-    directory.mkdir()
-    directory.chmod(0o1777)
-    (cluster.data / "own in").write_text("own\n")
-    script = cluster.home / "own.sh"
-    script.write_text(
-        f"#BB_LUA stagefs stage_in source={cluster.url('own in')} destination=in\n"
-        f"#BB_LUA stagefs stage_out source=in destination={cluster.url('own-out')}\n"
+def test_a_burst_buffer_that_slurm_may_not_serve_is_refused(own: Cluster) -> None:
+    """Of somebody else's job, by SlurmUser without sudo; his own job has one."""
+    (own.data / "own in").write_text("own\n")
+    source = own.url("own in").replace("%", "%%")
+    stages_in = f"#BB_LUA stagefs stage_in source={source} destination=in\n"
+    job = own.submit(
+        f"{stages_in}#BB_LUA stagefs stage_out source=in destination={own.url('own-out')}\ntrue"
     )
-    program = all_identities["root"].bin / "stagefs"
-
-    def phase(name: str, uid: int, *words: str) -> str:
-        return cluster.machine.run(
-            *(program, "burst-buffer", name, "--job", "7", "--script", script),
-            *("--directory", directory, "--config", cluster.machine.directory / "stagefs.conf"),
-            *words,
-            uid=uid,
-            check=False,
-        ).strip()
-
-    refused = phase("setup", pwd.getpwnam(SLURM_USER).pw_uid, "--uid", str(NOBODY))
-    assert "The buffer of nobody's job cannot be served by slurm" in refused
-    assert list(directory.iterdir()) == []
-    assert phase("setup", NOBODY, "--uid", str(NOBODY)) == "ok"
-    for name in ("data-in", "data-out", "teardown"):
-        assert phase(name, NOBODY) == "ok"
-    assert (cluster.data / "own-out").read_text() == "own\n"
-    assert list(directory.iterdir()) == []
+    script = own.cell.top / "others.sh"
+    script.write_text(f"#!/bin/bash\n{stages_in}true\n")
+    others = own.machine.run(
+        *("sbatch", "--parsable", script),
+        uid=pwd.getpwnam(SLURM_USER).pw_uid,  # somebody else
+        environment=own.cell.environment,
+        directory=own.cell.top,
+    ).strip()
+    wait_until(
+        lambda: "The buffer of slurm's job cannot be served by nobody" in own.reason(others),
+        "the reason in squeue",
+        deadline_s=SETTLED_S,
+        told=lambda: own.reason(others),
+        pause_s=SQUEUE_PAUSE_S,
+    )
+    own.cell.run("scancel", others)
+    own.wait_for_end(others)
+    own.wait_for_end(job)
+    buffers = own.cell.top / "buffers"
+    wait_until(
+        lambda: not list(buffers.iterdir()),
+        "the end of the buffers",
+        deadline_s=SETTLED_S,
+        told=own.cell.log,
+    )
+    assert (own.data / "own-out").read_text() == "own\n"
 
 
 def test_what_cannot_be_staged_in_is_told_by_squeue(cluster: Cluster) -> None:
