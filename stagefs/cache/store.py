@@ -252,12 +252,13 @@ class Cache:
         return entries
 
     def _encode_small(self, item: SmallObject) -> tuple[bytes, layout.Record]:
+        fits = len(item.data) <= self.chunk_bytes
         header = layout.entry_header(
             item.object_id,
             validator=item.validator,
             size_bytes=len(item.data),
             # A record is one chunk, also where those of files are smaller.
-            chunk_bytes=max(self.chunk_bytes, PACKED_BYTES_MAX),
+            chunk_bytes=self.chunk_bytes if fits else PACKED_BYTES_MAX,
             mtime_ns=item.mtime_ns,
             checksum=item.checksum,
         )
