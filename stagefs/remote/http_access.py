@@ -73,8 +73,14 @@ def trusting(ca_file: str, setting: str = "[remote.http] ca_file") -> ssl.SSLCon
         ) from exc
 
 
+def wants_token(settings: RemoteSettings, target: RemoteUrl) -> bool:
+    """Whether a host gets the bearer token, when there is one and the URL names no user."""
+    hosts = settings.http.token_hosts or ""
+    return target.scheme == "https" and target.user is None and names_host(hosts, target.host)
+
+
 def _bearer_token(settings: RemoteSettings, target: RemoteUrl) -> str | None:
-    if target.scheme != "https" or not names_host(settings.http.token_hosts or "", target.host):
+    if not wants_token(settings, target):
         return None
     path = settings.http.token_file
     if path is None:

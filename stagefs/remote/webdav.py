@@ -17,10 +17,17 @@ from typing import Any
 import msgspec
 import trio
 
-from stagefs.errors import ObjectMissing, RemoteError, StageFSError
+from stagefs.errors import (
+    AccessDenied,
+    CredentialsExpired,
+    ObjectMissing,
+    RemoteError,
+    StageFSError,
+)
 from stagefs.model import MIB, Checksum, ListedEntry, ObjectInfo
 from stagefs.remote.credentials import CredentialStore
 from stagefs.remote.http import INDEX_BYTES_MAX, LIST_PAGE_NAMES, HttpRemote
+from stagefs.remote.http_access import wants_token
 from stagefs.remote.http_answers import check_encoding
 from stagefs.remote.http_client import translated
 from stagefs.remote.settings import RemoteSettings
@@ -107,6 +114,11 @@ class WebDavRemote(HttpRemote):
         )
         try:
             return await call.run(self._put_threads)
+        except AccessDenied as exc:
+            # Servers do not always tell one that has expired from one that may not write.
+            if wants_token(self._settings, self._address(url)):
+                raise CredentialsExpired(str(exc)) from exc
+            raise
         finally:
             if temporary is not None:
                 await self._clean(url, temporary)

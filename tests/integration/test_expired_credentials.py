@@ -8,7 +8,9 @@ from tests.support.identity import Identity
 from tests.support.mounted import Mounted
 from tests.support.nginx import PASSWORD, TOKEN, USER, running_nginx
 from tests.support.served import HttpServed, SharedGateway, serving_s3
+from tests.support.token_front import token_front
 from tests.support.waiting import wait_until
+from tests.support.webdav import running_webdav
 
 MakeMount = Callable[..., Mounted]
 OLD_SECRET = "0ld-and-expired"
@@ -133,6 +135,41 @@ def test_a_bearer_token_is_replaced(
         sent = {asked.authorization for asked in nginx.asked() if "/bearer/" in asked.uri}
         assert sent == {f"Bearer {TOKEN}", f"Bearer {OLD_SECRET}"}
         shows_no_secret(mount, TOKEN, OLD_SECRET, paths=("staging/a", "staging/b"))
+
+
+def test_an_upload_waits_for_a_bearer_token_that_is_renewed(
+    anybody: Identity, new_mount: MakeMount, served_directory: Path
+) -> None:
+    with (
+        running_webdav(served_directory) as dav,
+        token_front(served_directory, dav.port) as port,
+    ):
+        settings = (
+            f"{QUICK_QUEUE}[remote.http]\ntoken_hosts = '127.0.0.1'\n"
+            f"ca_file = '{served_directory}/ca.pem'\n"
+        )
+        mount = new_mount(anybody, settings=settings, mounted=False)
+        token = private_file(mount, "token", TOKEN)
+        mount.environment = {"BEARER_TOKEN_FILE": str(token)}
+        mount.mount()
+        mount.stagefs("bind", f"webdavs://127.0.0.1:{port}/out", "staging:///out", "--writable")
+        source = private_file(mount, "source", "a" * 100_000)
+        mount.run("cp", source, "MNT/staging/out/first")
+        mount.stagefs("flush", "--deadline", "60")
+        assert (dav.root / "out/first").read_bytes() == b"a" * 100_000
+        private_file(mount, "token", OLD_SECRET)
+        mount.run("cp", source, "MNT/staging/out/second")
+
+        def reasons() -> list[str]:
+            return [one.get("reason", "") for one in mount.json_of("stagefs", "queue", "list")]
+
+        wait_until(lambda: any("HTTP 401" in one for one in reasons()), "an upload that waits")
+        assert mount.read("staging/out/second") == b"a" * 100_000
+        assert not (dav.root / "out/second").exists()
+        private_file(mount, "token", TOKEN)
+        mount.stagefs("flush", "--deadline", "60")
+        assert (dav.root / "out/second").read_bytes() == b"a" * 100_000
+        shows_no_secret(mount, TOKEN, OLD_SECRET, paths=("staging/out/second",))
 
 
 def test_keys_of_a_profile_are_replaced(

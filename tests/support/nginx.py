@@ -121,7 +121,7 @@ class Nginx:
         self.root.mkdir(parents=True)
         self.port, self.other_port, self.tls_port = free_ports(3)
         self.ca_file = top / "ca.pem"
-        _make_certificates(top)
+        make_certificates(top)
         (top / "passwords").write_text(f"{USER}:{{PLAIN}}{PASSWORD}\n")
         conf = top / "nginx.conf"
         conf.write_text(
@@ -180,7 +180,7 @@ def running_nginx(top: Path) -> Iterator[Nginx]:
         server.stop()
 
 
-def _make_certificates(top: Path) -> None:
+def make_certificates(top: Path) -> None:
     """An authority in ca.pem, and a server certificate for 127.0.0.1 that it signed."""
     ca_key = ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name.from_rfc4514_string("CN=StageFS test authority")
