@@ -39,12 +39,6 @@ class Host:
         self.served = SshServed(top, server)
         self.url = server.url_of(self.served.objects)
 
-    def bytes_read_of(self, name: str) -> int:
-        """Bytes of files of that name that were read, in handles that were closed."""
-        text = self.server.sftp_log.read_text() if self.server.sftp_log.exists() else ""
-        closed = re.findall(r'close "([^"]*)" bytes read (\d+)', text)
-        return sum(int(count) for path, count in closed if path.endswith(f"/{name}"))
-
 
 @pytest.fixture
 def new_host(served_directory: Path) -> Iterator[Callable[[], Host]]:
@@ -212,7 +206,7 @@ def test_wiki_page(
     # The input is one file in both places.
     assert flow.status(f"{directory}/test.txt") == flow.status(f"{flow.local(url)}/test.txt")
     assert flow.status(f"{directory}/test.txt")[1] == 2
-    assert host.bytes_read_of("test.txt") == len(TEXT)
+    assert host.server.bytes_read_of("test.txt") == len(TEXT)
     # Where BigJob had them, at both ends.
     assert re.search(f"/bj-{HEX}/sj-{HEX}$", directory)
     (pilot,) = os.listdir(flow.directory / "work")
@@ -296,7 +290,7 @@ def test_lost_pilot_data(
     assert found["unit"]["state"] == "Done", found["unit"]["reason"]
     assert found["digest"] == sha256(data)
     assert len(found["files"]["test.txt"]["pilot_data"]) == 2
-    assert hosts[1].bytes_read_of("test.txt") >= len(data)
+    assert hosts[1].server.bytes_read_of("test.txt") >= len(data)
 
 
 def test_affinity(flow: Flow) -> None:
@@ -393,8 +387,8 @@ def test_data_is_read_from_afar_or_moved(
     assert found["at"][1][0] == f"{here.url}/pd/asked.txt"
     assert found["at"][1][1].startswith(f"{there.url}/pd/du-")
     assert found["there"]
-    assert here.bytes_read_of("lazy.txt") == len(lazy)
-    assert there.bytes_read_of("lazy.txt") == 0
+    assert here.server.bytes_read_of("lazy.txt") == len(lazy)
+    assert there.server.bytes_read_of("lazy.txt") == 0
     assert [name.rpartition("/")[2] for name in there.served.names()] == ["asked.txt"]
     # Taken away again, it is where it was; there it has to stay.
     assert found["after"] == [f"{here.url}/pd/asked.txt"]
