@@ -22,6 +22,7 @@ from stagefs.cli.output import (
     human,
     print_json,
     print_json_list,
+    print_lines,
     print_table,
     progress_bar,
     shown_name,
@@ -45,8 +46,7 @@ def list_directory(directory: Path, choice: Choice, *, as_json: bool) -> None:
     if as_json:
         print_json_list(entries)
         return
-    for text in entry_table(entries):
-        click.echo(text)
+    print_lines(entry_table(entries))
 
 
 def show_usage(directory: Path, *, as_json: bool) -> None:

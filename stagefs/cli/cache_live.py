@@ -12,6 +12,7 @@ from stagefs.cli.output import (
     human,
     print_json,
     print_json_list,
+    print_lines,
     print_table,
     progress_bar,
     shown_name,
@@ -33,8 +34,7 @@ def list_entries(mountpoint: str | None, choice: Choice, *, as_json: bool) -> No
     if as_json:
         print_json_list(entries)
         return
-    for text in entry_table(entries):
-        click.echo(text)
+    print_lines(entry_table(entries))
 
 
 def show_entry(mountpoint: str | None, subject: str, *, as_json: bool) -> None:

@@ -5,15 +5,20 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import click
 import msgspec
 
 from stagefs.control.api import encode
+from stagefs.errors import StageFSError
 from stagefs.staging.values import Progress, ProgressCallback
 
 # A bar for what is over in a moment is only flicker.
 BAR_AFTER_S = 0.7
+LINES_AT_ONCE = 500
+
+_T = TypeVar("_T")
 
 
 def human(size_bytes: int) -> str:
@@ -45,12 +50,36 @@ def print_json(value: msgspec.Struct) -> None:
 
 
 def print_json_list(values: Iterable[msgspec.Struct]) -> None:
-    """One JSON array, written as the values come."""
+    """One JSON array, written as the values come, some at a time."""
     before = b"["
-    for value in values:
-        click.echo(before + b"\n" + encode(value), nl=False)
+    for texts in _together(map(encode, values)):
+        click.echo(before + b"\n" + b",\n".join(texts), nl=False)
         before = b","
     click.echo(b"[]" if before == b"[" else b"\n]")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Many lines, written as they come, some at a time."""
+    for some in _together(lines):
+        click.echo("\n".join(some))
+
+
+def _together(values: Iterable[_T]) -> Iterator[list[_T]]:
+    """Lists of them, because each ``echo`` is a system call or two.  What came before an error is
+    shown."""
+    held: list[_T] = []
+    try:
+        for value in values:
+            held.append(value)
+            if len(held) == LINES_AT_ONCE:
+                yield held
+                held = []
+    except StageFSError:
+        if held:
+            yield held
+        raise
+    if held:
+        yield held
 
 
 def print_table(rows: Iterable[tuple[str, str]]) -> None:
