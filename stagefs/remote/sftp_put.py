@@ -66,11 +66,13 @@ class PutOperation(BaseOperation):
     def begin(self, session: Session) -> None:
         super().begin(session)
         self._forget_session()
-        for path in self._stale:
-            session.send(protocol.on_path(Kind.REMOVE, session.expect(None), path))
-        self._stale.clear()
+        self._remove_stale(session)
         self._steps = self._write(session)
         self._go_on(session, None)
+
+    def _remove_stale(self, session: Session) -> None:
+        for path in self._stale:
+            session.send(protocol.on_path(Kind.REMOVE, session.expect(None), path))
 
     def may_restart(self) -> bool:
         return self._failure is None and super().may_restart()
@@ -191,6 +193,9 @@ class PutOperation(BaseOperation):
         found = yield from self._stat(session, order.path)
         if found is None or found.size != order.size:
             raise Failure(FailureKind.UNAVAILABLE, "somebody else removed or replaced it")
+        # Once more: the server may have obeyed the broken session's last request, which made one
+        # of them, after it was told to remove it.
+        self._remove_stale(session)
         self.end(Found(self.op, reported(found)))
 
     def _finish(self, session: Session, handle: bytes) -> Steps[None]:

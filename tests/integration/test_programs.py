@@ -18,6 +18,8 @@ from tests.support.mounted import Mounted
 from tests.support.served import Served, content
 
 MakeMount = Callable[..., Mounted]
+# On a machine that is busy with tests a server may take longer than 2 s to answer an open.
+PATIENT = "[read]\nanswer_deadline_s = 30\n"
 
 
 @dataclasses.dataclass
@@ -52,7 +54,7 @@ class Place:
 def place(identity: Identity, served: Served, new_mount: MakeMount, work: Path) -> Place:
     plain = work / "plain"
     plain.mkdir(mode=0o755)
-    mount = new_mount(identity, environment=served.environment(identity))
+    mount = new_mount(identity, environment=served.environment(identity), settings=PATIENT)
     return Place(served, mount, plain, mount.point / "tasks/t/data")
 
 
