@@ -26,7 +26,7 @@ prepare() {
 systems=(gridengine-master gridengine-exec gridengine-client gridengine-drmaa1.0 libjemalloc2
          slurmctld slurmd slurm-client munge sudo
          patchelf binutils mmdebstrap
-         systemd iproute2)
+         systemd iproute2 vagrant)
 vagrant/provision/debian.sh "${systems[@]}"
 
 # PyOpus's sources ask for old build tools, and have the demonstrations that are not installed.  Its
