@@ -174,6 +174,7 @@ def test_a_version_that_cannot_start_leaves_the_mount_as_it_was(
     assert mount.supervisor() == before
     assert "going on without it" in supervisor_log(mount)
     mount.run("stagefs", "mount", "MNT", "--replace")
+    wait_for_end(mount, before)
     assert mount.supervisor() != before
     assert mount.sha256("staging/input.dat") == sha256(data)
 

@@ -327,8 +327,10 @@ def test_removals_are_seen_in_the_queue_and_wait_for_the_server(
     anybody: Identity, new_mount: MakeMount, ssh: Served
 ) -> None:
     ssh.put("out/a", b"theirs")
-    more = "connect_timeout_s = 2\nprogress_timeout_s = 2\n"
+    # The first login may take longer than a listing waits as a rule, on a busy machine.
+    more = "connect_timeout_s = 10\nprogress_timeout_s = 2\n"
     quick = QUICK.replace("attempts = 1\n", f"attempts = 1\n{more}")
+    quick += "[read]\nanswer_deadline_s = 10\n"
     mount = new_mount(anybody, environment=ssh.environment(anybody), settings=quick)
     mount.stagefs(*("bind", ssh.url("out"), "staging:///out", "--writable", "--propagate-delete"))
     mount.run("ls", "MNT/staging/out")
