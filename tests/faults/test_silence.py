@@ -127,7 +127,8 @@ def quick(mount: Mounted, *command: str) -> None:
 
 def test_silent_server_and_names(identity: Identity, served: Served, new_mount: MakeMount) -> None:
     """What cannot be killed while it waits answers within two seconds."""
-    mount = new_mount(identity, environment=served.environment(identity))
+    settings = "[read]\nanswer_deadline_s = 2\n"
+    mount = new_mount(identity, environment=served.environment(identity), settings=settings)
     url = served.put("dir/x", b"x")
     mount.stagefs("bind", served.url("dir/"), "staging:///dir")
     mount.run("mkdir", "MNT/tasks/t")
